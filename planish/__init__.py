@@ -1,0 +1,49 @@
+"""planish: equivalence-preserving graph transformations that make neural networks quantise well.
+
+The public names are imported when they are first used: `import planish` loads neither torch nor onnx.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "capture": "planish.integrate.api",
+    "collect": "planish.integrate.api",
+    "convert": "planish.integrate.convert",
+    "evaluate": "planish.ir.evaluator",
+    "inspect": "planish.report.inspection",
+    "lint": "planish.report.mapping",
+    "to_onnx": "planish.integrate.api",
+    "verify": "planish.integrate.api",
+    "Graph": "planish.ir.graph",
+    "Pipeline": "planish.passes.manager",
+    "PlanishError": "planish.ir.errors",
+    "Stats": "planish.ir.stats",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+if TYPE_CHECKING:
+    from planish.integrate.api import capture, collect, to_onnx, verify
+    from planish.integrate.convert import convert
+    from planish.ir.errors import PlanishError
+    from planish.ir.evaluator import evaluate
+    from planish.ir.graph import Graph
+    from planish.ir.stats import Stats
+    from planish.passes.manager import Pipeline
+    from planish.report.inspection import inspect
+    from planish.report.mapping import lint
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'planish' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,230 @@
+"""Applying a transform to a channel space: the one mechanism behind every channel pass.
+
+Every constant of the space is replaced by its transformed self, computed in float64 from the
+unrounded data; every fold site computes its new constants by the formula of its row. An admitted
+space needs nothing else: the graph has the same nodes afterwards. Where ops block the space, an
+explicit op on each blocked edge (`insert=True`) undoes the transform just there.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from planish.ir.constant import Constant
+from planish.ir.graph import Node, Value
+from planish.ir.ops.base import Act, Axes
+from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.spaces import Blocker, FoldSite, Member, Space
+from planish.ir.transform import Mix, Permute, Scale, Shift, Transform, apply
+
+
+def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bool = False) -> int:
+    """Give the tensors of a space the transform, so that the graph computes the same function.
+
+    Args:
+        rewriter: of the space's graph. The graph must not have changed where the space lies since it was analysed.
+        space: from `planish.ir.spaces`.
+        transform: of the space's act, on `space.size` channels; block diagonal where the space demands it.
+        insert: put an explicit op on each blocked edge instead of declining.
+
+    Returns:
+        The number of ops inserted.
+
+    Raises:
+        Declined: the space is blocked (and `insert` is False, or an edge cannot take an op), or the transform
+            does not fit the group of the space.
+    """
+    _check(space, transform)
+    if space.blockers and not insert:
+        raise Declined(space.blockers[0].reason, space.blockers[0].node)
+    edges = list(dict.fromkeys(_Edge.of(b) for b in space.blockers))
+    for edge in edges:
+        edge.check(space.act)
+    for member in space.constants:
+        _transform_constant(rewriter, member, transform)
+    for site in space.folds:
+        _fold(rewriter, site, transform)
+    for edge in edges:
+        edge.insert(rewriter, transform)
+    return len(edges)
+
+
+def _check(space: Space, transform: Transform) -> None:
+    if transform.act is not space.act and not (space.act is Act.LINEAR and isinstance(transform, Mix)):
+        raise Declined(f"a {transform.act.value} is not a {space.act.value}")
+    if transform.size != space.size:
+        raise Declined(f"the transform has {transform.size} channels, the space {space.size}")
+    match transform:
+        case Scale(values) | Shift(values):
+            if not np.isfinite(values).all():
+                raise Declined("the transform is not finite")
+            if isinstance(transform, Scale):
+                if (values == 0).any():
+                    raise Declined("a scale is zero")
+                if space.positive and (values < 0).any():
+                    raise Declined("a scale is negative and the space admits positive ones only")
+        case Permute(order):
+            if not (np.sort(order) == np.arange(space.size)).all():
+                raise Declined("not a permutation")
+            if space.labels is not None and not (space.labels[order] == space.labels).all():
+                raise Declined("the permutation leaves its blocks")
+        case Mix():
+            for index, matrix in transform.blocks:
+                if not np.isfinite(matrix).all():
+                    raise Declined("the transform is not finite")
+                if space.labels is not None and len(set(space.labels[index].tolist())) > 1:
+                    raise Declined("the transform leaves its blocks")
+
+
+def transformed(member: Member, transform: Transform) -> np.ndarray:
+    """The data of a constant member after the transform, float64."""
+    value = member.value
+    if value is None:
+        assert member.grow is not None and member.neutral is not None
+        data = np.full(member.grow, member.neutral)
+    else:
+        assert value.constant is not None
+        data = value.constant.wide()
+        if member.grow is not None:
+            data = np.broadcast_to(data, member.grow)
+    shape = data.shape
+    if member.view is not None:
+        data = data.reshape(member.view)
+    data = apply(data + member.offset, member.axes, transform, member.atoms, member.variance) - member.offset
+    return data.reshape(shape)
+
+
+def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform) -> None:
+    data = transformed(member, transform)
+    value = member.value
+    if not member.private:
+        assert value is not None and value.constant is not None
+        rewriter.set_constant(value, Constant(data, value.constant.dtype, data.shape), readers="all")
+        return
+    assert member.node is not None
+    _give(rewriter, member.node, member.port, data)
+
+
+def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> None:
+    """Make operand `port` of a node a constant of its own with this data."""
+    old = node.operand(port)
+    dtype = old.dtype if old is not None else node.result.dtype
+    assert dtype is not None
+    constant = Constant(np.array(data, np.float64), dtype, data.shape)
+    outputs = rewriter.graph.output_values()
+    if old is not None and old.is_constant and len(old.users) == 1 and not any(v is old for v in outputs):
+        rewriter.set_constant(old, constant)
+        return
+    hint = old.name if old is not None else f"{node.result.name}.{node.op.params[port].name}"
+    rewriter.set_operand(node, port, rewriter.constant(constant, hint))
+
+
+def _spread(transform: Shift, atoms: np.ndarray | None, count: int, variance: int) -> np.ndarray:
+    index = np.arange(count) if atoms is None else atoms
+    return np.where(index >= 0, variance * transform.offsets[index], 0.0)
+
+
+def _fold(rewriter: Rewriter, site: FoldSite, transform: Transform) -> None:
+    value = site.node.port(site.port)
+    if not isinstance(transform, Shift) or site.node.op.fold is None:
+        raise Declined(f"{site.node.op.name} has no formula for this transform", site.node)
+    assert value is not None and value.shape is not None
+    dims = [int(value.shape[a]) for a in site.axes]  # type: ignore[arg-type]
+    offsets = _spread(transform, site.atoms, math.prod(dims), site.variance).reshape(dims)
+    for port, data in site.node.op.fold(site.node, transform.act, site.port, site.axes, offsets).items():
+        _give(rewriter, site.node, port, data)
+
+
+class _Edge:
+    """An edge that cannot carry the transform: into a node's operand, out of a node's result, or at the border."""
+
+    def __init__(self, blocker: Blocker) -> None:
+        self.blocker = blocker
+        self.identity = (id(blocker.node), blocker.port, id(blocker.value), blocker.axes, blocker.reason if blocker.node is None else "")
+
+    @staticmethod
+    def of(blocker: Blocker) -> _Edge:
+        return _Edge(blocker)
+
+    def __hash__(self) -> int:
+        return hash(self.identity)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Edge) and self.identity == other.identity
+
+    @property
+    def into(self) -> bool:
+        """True where a reader is blocked: it must see the value as it was."""
+        if self.blocker.node is not None:
+            return self.blocker.port >= 0
+        return self.blocker.reason == "graph output"
+
+    def check(self, act: Act) -> None:
+        blocker = self.blocker
+        if blocker.value.is_constant or (blocker.node is None and blocker.reason not in ("graph input", "graph output")):
+            raise Declined(f"no explicit op can lift it: {blocker.reason}", blocker.node)
+        if act not in (Act.SCALE, Act.SHIFT) and len(blocker.axes) > 1:
+            raise Declined("an explicit op on joint axes is not supported", blocker.node)
+        if blocker.value.dtype not in ("f32", "f16", "bf16", "f64"):
+            raise Declined("an explicit op needs a float tensor", blocker.node)
+
+    def insert(self, rewriter: Rewriter, transform: Transform) -> None:
+        blocker, value = self.blocker, self.blocker.value
+        if self.into:
+            undone = transform.inverse()
+            node = blocker.node
+            out = _explicit(rewriter, value, blocker.axes, undone, blocker.atoms, blocker.variance, before=node)
+            if node is not None:
+                rewriter.set_operand(node, blocker.port, out)
+            else:
+                rewriter.graph.outputs = [(n, out if v is value else v) for n, v in rewriter.graph.outputs]
+            return
+        readers = list(value.users)
+        first = value.producer._next if value.producer is not None else rewriter.graph._first
+        out = _explicit(rewriter, value, blocker.axes, transform, blocker.atoms, blocker.variance, before=first)
+        rewriter.replace(value, out, users=[r for r in readers if r is not out.producer])
+        rewriter.graph.outputs = [(n, out if v is value else v) for n, v in rewriter.graph.outputs]
+
+
+def _explicit(
+    rewriter: Rewriter,
+    value: Value,
+    axes: Axes,
+    transform: Transform,
+    atoms: np.ndarray | None,
+    variance: int,
+    *,
+    before: Node | None,
+) -> Value:
+    """`value` under the transform, by an explicit op."""
+    assert value.shape is not None and value.rank is not None and value.dtype is not None
+    dims = [int(value.shape[a]) for a in axes]  # type: ignore[arg-type]
+    count = math.prod(dims)
+    hint = f"{value.name}.{transform.act.value}"
+
+    def constant(data: np.ndarray, dtype: str) -> Value:
+        return rewriter.constant(Constant(data, dtype, data.shape), f"{hint}.by")
+
+    match transform:
+        case Scale() | Shift():
+            neutral = np.ones(count) if isinstance(transform, Scale) else np.zeros(count)
+            data = apply(neutral, (0,), transform, atoms, variance)
+            shape = [1] * value.rank
+            for axis, dim in zip(axes, dims, strict=True):
+                shape[axis] = dim
+            data = data.reshape(shape[axes[0] :])
+            op = "mul" if isinstance(transform, Scale) else "add"
+            node = rewriter.insert(op, [value, constant(data, value.dtype)], before=before, names=[hint])
+        case Permute():
+            order = apply(np.arange(count), (0,), transform, atoms, variance).astype(np.int64)
+            node = rewriter.insert(
+                "gather", [value, constant(order, "i64")], {"axis": axes[0]}, before=before, names=[hint]
+            )
+        case Mix():
+            if axes[0] != value.rank - 1:
+                raise Declined("an explicit rotation needs the last axis", before)
+            matrix = apply(np.eye(count), (1,), transform, atoms, variance)  # row vector times matrix
+            node = rewriter.insert("matmul", [value, constant(matrix, value.dtype)], before=before, names=[hint])
+    return node.result

@@ -1,0 +1,171 @@
+"""Types of values: `dtype[dim, dim, ...]` with named symbolic dims.
+
+A dim is an int (static), a str (a named symbol) or None (unknown). A shape is a tuple of dims, or
+None where even the rank is unknown.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+Dim = int | str | None
+Shape = tuple[Dim, ...] | None
+
+# name: (ONNX TensorProto data type, numpy / ml_dtypes name, torch name or None, bits)
+_DTYPES: dict[str, tuple[int, str, str | None, int]] = {
+    "f32": (1, "float32", "float32", 32),
+    "u8": (2, "uint8", "uint8", 8),
+    "i8": (3, "int8", "int8", 8),
+    "u16": (4, "uint16", "uint16", 16),
+    "i16": (5, "int16", "int16", 16),
+    "i32": (6, "int32", "int32", 32),
+    "i64": (7, "int64", "int64", 64),
+    "str": (8, "object", None, 0),
+    "bool": (9, "bool", "bool", 8),
+    "f16": (10, "float16", "float16", 16),
+    "f64": (11, "float64", "float64", 64),
+    "u32": (12, "uint32", "uint32", 32),
+    "u64": (13, "uint64", "uint64", 64),
+    "c64": (14, "complex64", "complex64", 64),
+    "c128": (15, "complex128", "complex128", 128),
+    "bf16": (16, "bfloat16", "bfloat16", 16),
+    "f8e4m3fn": (17, "float8_e4m3fn", "float8_e4m3fn", 8),
+    "f8e4m3fnuz": (18, "float8_e4m3fnuz", "float8_e4m3fnuz", 8),
+    "f8e5m2": (19, "float8_e5m2", "float8_e5m2", 8),
+    "f8e5m2fnuz": (20, "float8_e5m2fnuz", "float8_e5m2fnuz", 8),
+    "u4": (21, "uint4", None, 4),
+    "i4": (22, "int4", None, 4),
+    "f4e2m1": (23, "float4_e2m1fn", None, 4),
+    "f8e8m0": (24, "float8_e8m0fnu", None, 8),
+    "u2": (25, "uint2", None, 2),
+    "i2": (26, "int2", None, 2),
+}
+DTYPES = frozenset(_DTYPES)
+_FLOATS = frozenset(n for n in _DTYPES if n.startswith(("f", "bf")))
+WIDE_FLOATS = frozenset({"f16", "bf16", "f32", "f64"})  # the floats that arithmetic is done in
+
+
+def is_float(dtype: str | None) -> bool:
+    """True for every floating-point dtype, the 8- and 4-bit ones included."""
+    return dtype in _FLOATS
+
+
+def bits(dtype: str) -> int:
+    """Bits per element; 0 for strings."""
+    return _DTYPES[dtype][3]
+
+
+def onnx_enum(dtype: str) -> int:
+    """The `TensorProto.DataType` number."""
+    return _DTYPES[dtype][0]
+
+
+@cache
+def _by_enum() -> dict[int, str]:
+    return {row[0]: name for name, row in _DTYPES.items()}
+
+
+def from_onnx_enum(number: int) -> str:
+    """The dtype of a `TensorProto.DataType` number; KeyError if there is none."""
+    return _by_enum()[number]
+
+
+@cache
+def numpy_dtype(dtype: str) -> np.dtype[Any]:
+    """The numpy dtype; narrow floats and sub-byte integers are ml_dtypes' (one element a byte)."""
+    import numpy as np
+
+    name = _DTYPES[dtype][1]
+    if hasattr(np, name) or name in ("object", "bool"):
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name))
+
+
+@cache
+def _numpy_names() -> dict[str, str]:
+    return {row[1]: name for name, row in _DTYPES.items()}
+
+
+def from_numpy_dtype(dtype: np.dtype[Any]) -> str:
+    """The dtype of a numpy dtype; KeyError if there is none."""
+    return "str" if dtype.kind in "OUST" else _numpy_names()[dtype.name]
+
+
+@cache
+def torch_dtype(dtype: str) -> torch.dtype:
+    """The torch dtype; KeyError if torch has none."""
+    import torch
+
+    name = _DTYPES[dtype][2]
+    if name is None:
+        raise KeyError(dtype)
+    return getattr(torch, name)  # type: ignore[no-any-return]
+
+
+@cache
+def _torch_names() -> dict[torch.dtype, str]:
+    import torch
+
+    return {getattr(torch, row[2]): name for name, row in _DTYPES.items() if row[2]}
+
+
+def from_torch_dtype(dtype: torch.dtype) -> str:
+    """The dtype of a torch dtype; KeyError if there is none."""
+    return _torch_names()[dtype]
+
+
+_SYMBOL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """A tensor's type: `f32[batch, 128]`; `f32[?, 128]` and `f32[*]` where dims or rank are unknown."""
+
+    dtype: str
+    shape: Shape = None
+
+    @property
+    def rank(self) -> int | None:
+        return None if self.shape is None else len(self.shape)
+
+    def dim(self, axis: int) -> Dim:
+        """The dim of an axis (negative counts from the end); None if unknown."""
+        if self.shape is None or not -len(self.shape) <= axis < len(self.shape):
+            return None
+        return self.shape[axis]
+
+    def __str__(self) -> str:
+        from planish.ir.text import quote
+
+        if self.shape is None:
+            return f"{self.dtype}[*]"
+        dims = ("?" if d is None else str(d) if isinstance(d, int) or _SYMBOL.match(d) else quote(d) for d in self.shape)
+        return f"{self.dtype}[{', '.join(dims)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class OtherType:
+    """A type that is not a tensor (ONNX sequence, optional, map, sparse tensor), or an unknown one.
+
+    `text` is what the capturing front end needs to write the type again; empty if unknown.
+    """
+
+    text: str = ""
+
+    def __str__(self) -> str:
+        from planish.ir.text import quote
+
+        return f"other({quote(self.text)})" if self.text else "unknown"
+
+
+Type = TensorType | OtherType
+UNKNOWN = OtherType()

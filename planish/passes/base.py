@@ -1,0 +1,165 @@
+"""What a pass is.
+
+A pass is a frozen dataclass: its fields are its options. It has no state; `run` edits the graph it
+is given through a rewriter and returns a `PassReport`. How exact it claims to be decides how the
+manager checks it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, ClassVar
+
+from planish.ir.graph import Graph, Node, Value
+from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.spaces import Space
+from planish.ir.stats import Stats
+from planish.ir.transform import Transform
+
+
+class Exactness(Enum):
+    """What a pass promises about the function of the graph."""
+
+    IDENTITY = "identity"  # the same operations in another form: checked like EXACT
+    EXACT = "exact"  # equal over the reals: validated in float64, relative error <= 1e-10
+    BOUNDED = "bounded"  # differs by no more than a stated bound
+    LOSSY = "lossy"  # changes numbers on purpose: reports the error per site
+
+
+@dataclass
+class PassReport:
+    """What a pass did.
+
+    Attributes:
+        name: the pass.
+        applied: a line per site.
+        declined: reason -> the places, for sites that were this pass's business but unsafe.
+        misses: for rules that matched nothing: how far the best candidate got.
+        inserted: ops added to the graph.
+        notes: anything else the user should know.
+        figures: named numbers (errors, chosen strengths), by site where that makes sense.
+        seconds, error: filled in by the manager.
+    """
+
+    name: str
+    applied: list[str] = field(default_factory=list)
+    declined: dict[str, list[str]] = field(default_factory=dict)
+    misses: list[str] = field(default_factory=list)
+    inserted: int = 0
+    notes: list[str] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: float | None = None
+    checked_narrow: int = 0
+
+    def decline(self, reason: str, where: Node | Value | str | None) -> None:
+        """Record a refusal with its place."""
+        self.declined.setdefault(reason, []).append(place(where))
+
+    def reasons(self) -> Counter[str]:
+        return Counter({reason: len(places) for reason, places in self.declined.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def place(where: Node | Value | str | None) -> str:
+    """A short name of a node or value for reports: `mul %42 (model.layers.0.mlp.act)`."""
+    if where is None:
+        return ""
+    if isinstance(where, str):
+        return where
+    if isinstance(where, Value):
+        return f"%{where.name}" if where.producer is None else place(where.producer)
+    name = f" %{where.results[0].name}" if where.results else ""
+    return f"{where.op.name}{name}" + (f" ({where.source})" if where.source else "")
+
+
+@dataclass
+class Context:
+    """What a pass may read besides the graph.
+
+    Attributes:
+        stats: calibration statistics; passes that transform values keep them true.
+        seed: for every random choice.
+        progress: `progress(iterable, label, total)` wraps a long loop in a progress bar.
+    """
+
+    stats: Stats | None = None
+    seed: int = 0
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
+
+    def transformed(self, space: Space, transform: Transform) -> None:
+        """Tell the statistics that a space was transformed."""
+        if self.stats is None:
+            return
+        for member in space.activations:
+            assert member.value is not None and member.value.rank is not None
+            self.stats.transform(
+                member.value.name, member.value.rank, member.axes, transform, member.atoms, member.variance
+            )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Subclasses are frozen dataclasses with class attributes:
+
+    name: the name in pipelines. exactness: the promise. needs / gives / breaks: facts about the graph that
+    must hold before, hold after, or hold no longer after (see `planish.passes.manager`).
+    """
+
+    name: ClassVar[str]
+    exactness: ClassVar[Exactness]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    gives: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    needs_stats: ClassVar[bool] = False
+
+    def run(self, graph: Graph, context: Context) -> PassReport:
+        """Edit `graph` and say what was done."""
+        raise NotImplementedError  # abstract: every pass defines it
+
+    def __str__(self) -> str:
+        from planish.passes.pipeline import print_pass
+
+        return print_pass(self)
+
+
+class RewritePass(Pass):
+    """A pass that looks at one node at a time: `rewrite` returns True where it did something.
+
+    *Not mine* returns False; *mine but unsafe* raises `Declined`. The nodes are those at the start of a
+    round; rounds repeat until nothing changes.
+    """
+
+    rounds: ClassVar[int] = 8
+
+    def rewrite(self, node: Node, rewriter: Rewriter, context: Context) -> bool:
+        raise NotImplementedError  # abstract: every pass defines it
+
+    def run(self, graph: Graph, context: Context) -> PassReport:
+        report = PassReport(self.name)
+        declined: dict[str, tuple[str, Node | Value | str | None]] = {}
+        for _ in range(self.rounds):
+            changed = False
+            declined.clear()
+            with Rewriter(graph) as rewriter:
+                for node in list(graph.nodes):
+                    if node.graph is None:
+                        continue
+                    where = place(node)
+                    try:
+                        if self.rewrite(node, rewriter, context):
+                            report.applied.append(where)
+                            changed = True
+                    except Declined as refusal:
+                        declined[where] = (str(refusal), refusal.node if refusal.node is not None else node)
+            if not changed:
+                break
+        for reason, node_or_value in declined.values():
+            report.decline(reason, node_or_value)
+        return report
