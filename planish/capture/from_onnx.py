@@ -206,9 +206,9 @@ class _Capture:
         for sparse in self.source.sparse_initializer:
             name = sparse.values.name
             proto = onnx.helper.make_node("Constant", [], [name])
-            proto.attribute.add(name="sparse_value", type=AttributeProto.SPARSE_TENSOR).sparse_tensor.CopyFrom(
-                sparse
-            )
+            proto.attribute.add(
+                name="sparse_value", type=AttributeProto.SPARSE_TENSOR
+            ).sparse_tensor.CopyFrom(sparse)
             self._opaque(proto, ())
 
     def _sorted(self) -> Sequence[NodeProto]:
@@ -326,7 +326,9 @@ class _Capture:
         made = onnx_ops.convert(view)
         if made is None:
             return False
-        results = [o for o in proto.output if o] if made.results is None else list(proto.output[: made.results])
+        results = (
+            [o for o in proto.output if o] if made.results is None else list(proto.output[: made.results])
+        )
         if not all(results):
             return False
         node = Node(ops.get(made.op), [view.resolve(o) for o in made.operands], made.attributes)
@@ -336,7 +338,9 @@ class _Capture:
         types = [refine(t, self._known(name)) for t, name in zip(inferred, results, strict=True)]
         self._append(node, results, types, proto)
         self.folded |= {
-            n for n in proto.input if n and n not in self.values and n in self.weights and n not in self.folded
+            n
+            for n in proto.input
+            if n and n not in self.values and n in self.weights and n not in self.folded
         }
         return True
 

@@ -115,7 +115,9 @@ class ExternalData:
                 real = path.resolve()
                 leaves = not any(real.is_relative_to(home) for home in self._homes)
             except (OSError, ValueError, RuntimeError) as error:
-                raise InvalidModelError(f"{what}: external data '{location}' is not a path: {error}") from None
+                raise InvalidModelError(
+                    f"{what}: external data '{location}' is not a path: {error}"
+                ) from None
         if leaves:
             raise InvalidModelError(
                 f"{what}: external data '{location}' leads outside the model's folder",
@@ -134,7 +136,9 @@ def _number(what: str, key: str, text: str) -> int:
     except ValueError:
         number = -1
     if number < 0:
-        raise InvalidModelError(f"{what}: {key} of its external data is '{text[:40]}'; expected a number >= 0")
+        raise InvalidModelError(
+            f"{what}: {key} of its external data is '{text[:40]}'; expected a number >= 0"
+        )
     return number
 
 

@@ -26,9 +26,7 @@ class Blob:
     data: bytes
 
 
-Attribute = (
-    None | bool | int | float | str | bytes | Constant | Blob | TensorType | tuple["Attribute", ...]
-)
+Attribute = None | bool | int | float | str | bytes | Constant | Blob | TensorType | tuple["Attribute", ...]
 
 
 class Value:
@@ -82,7 +80,17 @@ class Value:
 class Node:
     """An operation: `results = op(operands) {attributes}`. An absent optional operand is None."""
 
-    __slots__ = ("_next", "_prev", "attributes", "graph", "op", "operands", "results", "source")
+    __slots__ = (
+        "__weakref__",
+        "_next",
+        "_prev",
+        "attributes",
+        "graph",
+        "op",
+        "operands",
+        "results",
+        "source",
+    )
 
     def __init__(
         self,

@@ -83,7 +83,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
     import numpy as np
 
     name = _DTYPES[dtype][1]
-    if hasattr(np, name) or name in ("object", "bool"):
+    if name in ("object", "bool") or hasattr(np, name):
         return np.dtype(name)
     import ml_dtypes
 

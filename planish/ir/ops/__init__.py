@@ -13,7 +13,7 @@ from typing import Any
 from planish.ir.errors import PlanishError, nearest
 from planish.ir.ops.base import OpDef
 
-FAMILIES = ("elementwise", "structural", "contraction", "normalisation", "reduction", "attention")
+FAMILIES = ("elementwise", "arithmetic", "structural", "contraction", "normalisation", "reduction", "attention", "quantization")
 
 _table: dict[str, OpDef] = {}
 _opaque: dict[str, OpDef] = {}

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from planish.ir.constant import Constant
     from planish.ir.graph import Node, Value
     from planish.ir.types import Type
 
@@ -136,19 +137,38 @@ class Param:
     variadic: bool = False
 
 
-class Wide:
-    """How an evaluation treats floats: `dtype` replaces every float dtype, None keeps each value's own."""
+_HELD_AS = {"u2": "u8", "u4": "u8", "i2": "i8", "i4": "i8", "f4e2m1": "f32", "f8e8m0": "f32"}
 
-    __slots__ = ("dtype",)
+
+class Wide:
+    """How an evaluation treats floats: `dtype` replaces every float dtype, None keeps each value's own.
+
+    `narrowed` collects the nodes that could be run only in a narrower dtype than that.
+    """
+
+    __slots__ = ("dtype", "narrowed")
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self.dtype = dtype
+        self.narrowed: list[Node] = []
 
     def of(self, dtype: str) -> torch.dtype:
-        """The torch dtype in which a value of IR dtype `dtype` is held."""
+        """The torch dtype in which a value of IR dtype `dtype` is held (KeyError for strings)."""
         from planish.ir.types import is_float, torch_dtype
 
-        return self.dtype if self.dtype is not None and is_float(dtype) else torch_dtype(dtype)
+        if self.dtype is not None and is_float(dtype):
+            return self.dtype
+        return torch_dtype(_HELD_AS.get(dtype, dtype))
+
+    def hold(self, constant: Constant) -> Any:
+        """A constant as the evaluation holds it: a tensor; strings are a numpy array of objects."""
+        from planish.ir.types import is_float
+
+        if constant.dtype == "str":
+            return constant.array()
+        if is_float(constant.dtype) and (self.dtype is not None or constant.dtype in _HELD_AS):
+            return constant.tensor(self.of(constant.dtype))
+        return constant.tensor()
 
 
 def _blocks(node: Node, act: Act, port: Port, axes: Axes) -> Relation:

@@ -19,11 +19,22 @@ import torch
 
 from planish.ir.errors import InvalidModelError
 from planish.ir.graph import Node, Value
-from planish.ir.ops import convolution, register
-from planish.ir.ops.base import Act, Axes, Block, Carry, Fold, Link, OpDef, Param, Port, Relation, Wide
+import planish.ir.ops.convolution
+from planish.ir.ops import register
+from planish.ir.ops.affine import (
+    UNKNOWN_RANK,
+    affine,
+    carry,
+    check_inner,
+    folds_shift,
+    is_constant,
+    static,
+    wide,
+)
+from planish.ir.ops.align import attribute
+from planish.ir.ops.base import Act, Axes, Block, Carry, Fold, OpDef, Param, Port, Relation, Wide
 from planish.ir.ops.labels import (
     Site,
-    attribute,
     broadcast_dims,
     contract,
     flag,
@@ -35,18 +46,7 @@ from planish.ir.ops.labels import (
 )
 from planish.ir.types import UNKNOWN, Dim, Type, is_float
 
-__all__ = ["convolution"]
-
-UNKNOWN_RANK = Block("the rank of an operand is not known")
 NO_BIAS = "has no bias that could take a shift up"
-
-
-def _check_inner(node: Node, one: Dim, two: Dim) -> None:
-    if isinstance(one, int) and isinstance(two, int) and one != two:
-        names = " and ".join(str(v.type) for v in node.operands[:2] if v is not None)
-        raise InvalidModelError(
-            f"{node.op.name}: the contracted dims differ: {one} and {two}", where=f"{node.op.name} of {names}"
-        )
 
 
 # -- matmul ------------------------------------------------------------------------------------------
@@ -60,7 +60,7 @@ def _matmul_infer(node: Node) -> Sequence[Type]:
         return (like(node.operand(0), None),)
     if not a.shape or not b.shape:
         raise InvalidModelError("matmul: an operand is a scalar", where=f"matmul of {a} and {b}")
-    _check_inner(node, a.shape[-1], b.shape[-2] if len(b.shape) > 1 else b.shape[0])
+    check_inner(node, a.shape[-1], b.shape[-2] if len(b.shape) > 1 else b.shape[0])
     batch = broadcast_dims(a.shape[:-2], b.shape[:-2])
     rows, columns = a.shape[-2:-1], b.shape[-1:] if len(b.shape) > 1 else ()
     return (like(node.operand(0), (*batch, *rows, *columns)),)
@@ -153,7 +153,7 @@ def _linear_infer(node: Node) -> Sequence[Type]:
             "linear: expected x of rank 1 or more and a weight of rank 2", where=f"linear of {x} and {weight}"
         )
     outer, inner = reversed(weight.shape) if flag(node, "transposed") else weight.shape
-    _check_inner(node, x.shape[-1], inner)
+    check_inner(node, x.shape[-1], inner)
     return (like(node.operand(0), (*x.shape[:-1], outer)),)
 
 
@@ -175,74 +175,6 @@ def _linear_sites(node: Node) -> dict[Port, Site] | None:
         1: Site(1, inside, weight.shape),
         -1: Site(-1, (*outer, "n"), result.shape),
     }
-
-
-def bias_site(node: Node, port: Port, size: Dim) -> Site | Block:
-    """The bias, of shape [size], to be grown if it is absent or a constant of one element."""
-    bias = node.operand(port)
-    if bias is not None and bias.shape is None:
-        return UNKNOWN_RANK
-    if bias is not None and bias.shape == (size,):
-        return Site(port, ("n",), (size,))
-    if bias is not None and not bias.is_constant:
-        if bias.rank != 1:
-            return Block("its bias is no vector")
-        return Site(port, ("n",), bias.shape or ())
-    if not isinstance(size, int):
-        return Block("its bias has a dynamic dim")
-    return Site(port, ("n",), (size,), grow=(size,), neutral=0.0 if bias is None else None)
-
-
-def affine(
-    node: Node, sites: Mapping[Port, Site], bias_port: Port, act: Act, port: Port, axes: Axes
-) -> Relation:
-    """A contraction of operands 0 and 1 plus a bias of label n, apart from shifts of the operands."""
-    result = sites[-1]
-    bias = bias_site(node, bias_port, result.dim("n"))
-    if isinstance(bias, Block):
-        return bias
-    absent = node.operand(bias_port) is None
-    if port == bias_port:
-        if bias.grow is not None or bias.dims != (result.dim("n"),):
-            return Block("its bias has one element for all channels")
-        site = Site(bias_port, ("n",), bias.dims)
-        own = link_between(site, axes, result)
-        if isinstance(own, Block) or own is None:
-            return own or UNKNOWN_RANK
-        if act is Act.SHIFT:
-            return Carry((own,))
-        weight = link_between(site, axes, sites[1])
-        return weight if isinstance(weight, Block) else Carry((own, weight) if weight else (own,))
-    if act is Act.SHIFT:
-        if port != -1 or "n" not in {result.labels[a] for a in axes}:
-            return Block("a shift does not reach its result as a shift")
-        link = link_between(result, axes, bias)
-        if isinstance(link, Block) or link is None:
-            return link or UNKNOWN_RANK
-        return Carry((link,))
-    relation = contract(act, sites, port, axes)
-    reaches = port == -1 or (isinstance(relation, Carry) and any(k.port == -1 for k in relation.links))
-    return with_addend(relation, act, sites[port], axes, bias, absent) if reaches else relation
-
-
-def folds_shift(node: Node, axes: Axes, channel: int, weight: Port, bias: Port) -> Relation:
-    """A shift of operand 0 on its contracted axis: into a constant bias, with a constant weight."""
-    if axes != (channel,):
-        return Block("its bias has no axis for a shift of several axes")
-    constant_bias = node.operand(bias)
-    if not _is_constant(node.operand(weight)) or (constant_bias is not None and not constant_bias.is_constant):
-        return Block("its weight or bias is no constant that could take the shift up")
-    return Fold((bias,))
-
-
-def _is_constant(value: Value | None) -> bool:
-    return value is not None and value.is_constant
-
-
-def wide(value: Value | None) -> np.ndarray:
-    """The data of a constant operand in float64."""
-    assert value is not None and value.constant is not None
-    return value.constant.wide()
 
 
 def _linear_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
@@ -291,7 +223,9 @@ def _gemm_infer(node: Node) -> Sequence[Type]:
     a, b = tensor_type(node.operand(0)), tensor_type(node.operand(1))
     if a is None:
         return (UNKNOWN,)
-    if (a.shape is not None and len(a.shape) != 2) or (b is not None and b.shape is not None and len(b.shape) != 2):
+    if (a.shape is not None and len(a.shape) != 2) or (
+        b is not None and b.shape is not None and len(b.shape) != 2
+    ):
         raise InvalidModelError("gemm: expected two matrices", where=f"gemm of {a} and {b}")
     rows, inner = (None, None) if a.shape is None else a.shape
     other, columns = (None, None) if b is None or b.shape is None else b.shape
@@ -299,7 +233,7 @@ def _gemm_infer(node: Node) -> Sequence[Type]:
         rows, inner = inner, rows
     if flag(node, "trans_b"):
         other, columns = columns, other
-    _check_inner(node, inner, other)
+    check_inner(node, inner, other)
     return (like(node.operand(0), (rows, columns)),)
 
 
@@ -327,23 +261,18 @@ def _gemm_addend(node: Node, dims: tuple[Dim, ...]) -> Site | Block:
     """Operand c, with labels (m, n) from the right."""
     c = node.operand(2)
     if c is None:
-        return Site(2, ("n",), dims[1:], grow=_static(dims[1:]), neutral=0.0)
+        return Site(2, ("n",), dims[1:], grow=static(dims[1:]), neutral=0.0)
     if c.shape is None:
         return UNKNOWN_RANK
     return Site(2, ("m", "n")[2 - len(c.shape) :], c.shape)
-
-
-def _static(dims: tuple[Dim, ...]) -> tuple[int, ...] | None:
-    sizes = tuple(d for d in dims if isinstance(d, int))
-    return sizes if len(sizes) == len(dims) else None
 
 
 def _gemm_grown(node: Node, addend: Site, label: str, dims: tuple[Dim, ...]) -> Site | Block:
     """The addend, grown along `label` if it is a constant that is broadcast there."""
     if label in addend.labels and addend.dim(label) == dims[("m", "n").index(label)]:
         return addend
-    shape = _static(dims if label == "m" or len(addend.labels) > 1 else dims[1:])
-    if shape is None or not _is_constant(node.operand(2)):
+    shape = static(dims if label == "m" or len(addend.labels) > 1 else dims[1:])
+    if shape is None or not is_constant(node.operand(2)):
         return Block("its addend is broadcast there")
     if addend.labels == ("m", "n") and label == "n" and addend.dims[0] == 1:
         shape = (1, shape[1])
@@ -374,7 +303,7 @@ def _gemm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
             return Fold((2,))
         if number(node, "beta") != 1.0 or addend.dims != result.dims[2 - len(addend.dims) :]:
             return Block("its addend is an activation that is scaled or broadcast")
-        return _carry(link_between(result, axes, addend))
+        return carry(link_between(result, axes, addend))
     relation = contract(act, sites, port, axes)
     if c is None or not isinstance(relation, Carry):
         return relation
@@ -393,14 +322,6 @@ def _gemm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     return with_addend(relation, act, asker, axes, addend, absent=False)
 
 
-def _carry(*links: Link | Block | None) -> Carry | Block:
-    """A `Carry` of the links there are; the first `Block` among them wins."""
-    for link in links:
-        if isinstance(link, Block):
-            return link
-    return Carry(tuple(link for link in links if isinstance(link, Link)))
-
-
 def _gemm_addend_relate(
     node: Node, act: Act, sites: Mapping[Port, Site], addend: Site, axes: Axes
 ) -> Relation:
@@ -411,11 +332,9 @@ def _gemm_addend_relate(
     if act is Act.SHIFT:
         if number(node, "beta") != 1.0:
             return Block("its addend is scaled by beta")
-        if labels == {"m"} and not addend.spans("n"):
-            return _carry(link_between(addend, axes, result))
-        return _carry(link_between(addend, axes, result))
+        return carry(link_between(addend, axes, result))
     factor = sites[1] if labels == {"n"} else sites[0]
-    return _carry(link_between(addend, axes, result), link_between(addend, axes, factor))
+    return carry(link_between(addend, axes, result), link_between(addend, axes, factor))
 
 
 def _gemm_fold(node: Node, act: Act, port: Port, axes: Axes, t: np.ndarray) -> Mapping[int, np.ndarray]:

@@ -19,14 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from planish.ir.graph import Node, Value
+from planish.ir.ops.align import attribute
 from planish.ir.ops.base import MIXING, Act, Axes, Block, Carry, Link, OneOf, Port, Relation
 from planish.ir.types import UNKNOWN, Dim, Shape, TensorType, Type
-
-
-def attribute(node: Node, name: str) -> object:
-    """An attribute, or its default."""
-    value = node.attributes.get(name)
-    return node.op.attributes[name] if value is None else value
 
 
 def integer(node: Node, name: str) -> int:
@@ -146,9 +141,7 @@ def link_between(
         return None
     shared.sort(key=other.labels.index)
     target = tuple(other.labels.index(label) for label in shared)
-    link = Link(
-        other.port, target, variance, None, other.grow, other.view, other.neutral, other.offset
-    )
+    link = Link(other.port, target, variance, None, other.grow, other.view, other.neutral, other.offset)
     own = [label for label, n in sizes.items() if n != 1 or label in shared]
     mine, theirs = [int(sizes[k] or 0) for k in own], [int(other.dims[a] or 0) for a in target]
     if own == shared and mine == theirs:
@@ -225,7 +218,9 @@ def _batch(act: Act, asker: Site, axes: Axes, others: list[Site]) -> Relation:
     return OneOf(tuple(options), "its other factor took the transform")
 
 
-def with_addend(relation: Relation, act: Act, asker: Site, axes: Axes, addend: Site, absent: bool) -> Relation:
+def with_addend(
+    relation: Relation, act: Act, asker: Site, axes: Axes, addend: Site, absent: bool
+) -> Relation:
     """A relation that reaches the result (or asks from it), for a result to which `addend` is added."""
     if not isinstance(relation, Carry) or absent:
         return relation

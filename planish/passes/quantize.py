@@ -1,0 +1,230 @@
+"""Quantise linears, convolutions and embedding tables to 8 bits.
+
+    weight      w ~ c * d_o            c int8 in [-127, 127], one scale d_o per output channel
+    activation  x ~ (c - z) * d        c uint8; d, z of the tensor or of each row (token)
+    table       e ~ c * d_r            c int8, one scale per row
+
+`activations` says where d and z come from: `dynamic` (the range of the tensor at run time), `token`
+(the largest magnitude of each row at run time, z = 128), `static` (from calibration, a uint8 range that
+contains 0), or `none` (weights only). The graph afterwards holds explicit quantize / dequantize nodes
+around the same linears: every target lowers that form. An activation with several readers is
+quantised once. Lossy: reports the signal-to-noise ratio of each weight and, where there are
+statistics, of each activation.
+
+`static_range` picks the calibrated range: `min-max`; `percentile` (of the sampled elements); `mse` (the
+clipping of that range with the least squared rounding error on the samples).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from planish.ir.constant import Constant
+from planish.ir.errors import PlanishError
+from planish.ir.graph import Graph, Node, Value
+from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.stats import ChannelStats, Stats
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.sites import READERS, reads_by_weight
+
+CLIPS = np.linspace(1.0, 0.5, 51)  # fractions of the range tried by the mse searches
+
+
+def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
+    """Signal-to-quantisation-noise ratio in dB."""
+    noise = float(((exact - got) ** 2).sum())
+    return float("inf") if noise == 0 else 10.0 * float(np.log10(max(float((exact**2).sum()), 1e-300) / noise))
+
+
+def choose_weight_scale(weight: np.ndarray, clip: Literal["max", "mse"]) -> np.ndarray:
+    """One scale per row of [rows, columns] for int8 codes in [-127, 127]; float64 [rows], no zeros."""
+    largest = np.abs(weight).max(1)
+    largest[largest == 0] = 1.0
+    best, least = largest / 127.0, np.full(len(weight), np.inf)
+    for fraction in CLIPS if clip == "mse" else CLIPS[:1]:
+        scale = largest * fraction / 127.0
+        codes = np.clip(np.round(weight / scale[:, None]), -127, 127)
+        error = ((codes * scale[:, None] - weight) ** 2).sum(1)
+        best = np.where(error < least, scale, best)
+        least = np.minimum(error, least)
+    return best
+
+
+def choose_static_range(
+    record: ChannelStats, rule: Literal["min-max", "percentile", "mse"], percentile: float
+) -> tuple[float, int]:
+    """Scale and zero point (uint8) of a tensor from its statistics; the range contains 0."""
+    low, high = min(float(record.minimum.min()), 0.0), max(float(record.maximum.max()), 0.0)
+    if rule == "percentile":
+        tail = (100.0 - percentile) / 2.0
+        low, high = (float(v) for v in np.percentile(record.samples, [tail, 100.0 - tail]))
+        low, high = min(low, 0.0), max(high, 0.0)
+    if rule == "mse":
+        x = record.samples.astype(np.float64)
+        trials = []
+        for fraction in CLIPS:
+            scale, zero = _affine(low * fraction, high * fraction)
+            got = (np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale
+            trials.append((float(((got - x) ** 2).sum()), scale, zero))
+        return min(trials)[1:]
+    return _affine(low, high)
+
+
+def _affine(low: float, high: float) -> tuple[float, int]:
+    scale = float(np.float32((high - low) / 255.0)) or 1.0
+    return scale, int(np.clip(np.round(-low / scale), 0, 255))
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Put 8-bit numbers on weights, activations and embedding tables."""
+
+    name = "quantize"
+    exactness = Exactness.LOSSY
+    gives = frozenset({"quantised"})
+
+    activations: Literal["dynamic", "token", "static", "none"] = "dynamic"
+    weight_clip: Literal["max", "mse"] = "max"
+    static_range: Literal["min-max", "percentile", "mse"] = "min-max"
+    percentile: float = 99.99  # percent of the elements inside the range
+    embeddings: bool = True  # quantise embedding tables too
+    min_rows: int = 256  # of an embedding table worth quantising
+    skip: tuple[str, ...] = ()  # regular expressions: nodes whose source or result name matches stay float
+
+    def run(self, graph: Graph, context: Context) -> PassReport:
+        report = PassReport(self.name)
+        if self.activations == "static" and context.stats is None:
+            raise PlanishError("pass 'quantize': activations=static needs calibration statistics")
+        shared: dict[Value, Value] = {}
+        weights: dict[Value, Value] = {}
+        with Rewriter(graph) as rewriter:
+            for node in list(graph.nodes):
+                if node.op.name not in READERS and node.op.name != "embedding":
+                    continue
+                try:
+                    if self._skipped(node):
+                        raise Declined("skipped by name", node)
+                    if node.op.name == "embedding":
+                        done = self.embeddings and self._table(node, rewriter, report)
+                    else:
+                        done = self._reader(node, rewriter, context.stats, report, shared, weights)
+                except Declined as refusal:
+                    report.decline(str(refusal), node)
+                    continue
+                if done:
+                    report.applied.append(place(node))
+        return report
+
+    def _skipped(self, node: Node) -> bool:
+        return any(re.search(p, name) for p in self.skip for name in (node.source, node.result.name) if name)
+
+    def _reader(
+        self,
+        node: Node,
+        rewriter: Rewriter,
+        stats: Stats | None,
+        report: PassReport,
+        shared: dict[Value, Value],
+        weights: dict[Value, Value],
+    ) -> bool:
+        x, weight = node.operands[0], node.operand(1)
+        if x is None or weight is None or not weight.is_constant:
+            return False
+        if not reads_by_weight(node, x) and not (node.op.name == "conv" and self.activations in ("static", "none")):
+            raise Declined(f"this form of {node.op.name} is not quantised", node)
+        if node.op.name == "conv" and self.activations not in ("static", "none"):
+            raise Declined("no target multiplies run-time quantised convolutions faster than float", node)
+        if x.dtype != "f32" or weight.dtype != "f32":
+            raise Declined(f"its operands are {x.dtype} and {weight.dtype}; expected f32", node)
+        if self.activations == "static" and x not in shared and (stats is None or x.name not in stats):
+            raise Declined("no statistics of what it reads", node)
+        if weight not in weights:
+            weights[weight] = self._weight(node, weight, rewriter, report)
+        rewriter.set_operand(node, 1, weights[weight])
+        if self.activations != "none":
+            if x not in shared:
+                shared[x] = self._activation(x, node, rewriter, stats, report)
+            rewriter.set_operand(node, 0, shared[x])
+        return True
+
+    def _weight(self, node: Node, weight: Value, rewriter: Rewriter, report: PassReport) -> Value:
+        assert weight.constant is not None
+        data = weight.constant.wide()
+        if not np.isfinite(data).all():
+            raise PlanishError(f"weight '{weight.name}': holds NaN or infinity", where=place(node))
+        axis = 0
+        if node.op.name == "linear" and node.attributes.get("transposed", False):
+            axis = 1
+        elif node.op.name == "gemm" and not node.attributes.get("trans_b", False):
+            axis = 1
+        rows = np.moveaxis(data, axis, 0).reshape(data.shape[axis], -1)
+        scale = choose_weight_scale(rows, self.weight_clip).astype(np.float32).astype(np.float64)
+        codes = np.clip(np.round(rows / scale[:, None]), -127, 127)
+        report.figures.setdefault("weights", {})[weight.name] = {"sqnr_db": sqnr(rows, codes * scale[:, None])}
+        folded = np.moveaxis(codes.reshape(np.moveaxis(data, axis, 0).shape), 0, axis).astype(np.int8)
+        operands = [
+            rewriter.constant(Constant.of(folded), f"{weight.name}.codes"),
+            rewriter.constant(Constant(scale, "f32", scale.shape), f"{weight.name}.scale"),
+        ]
+        made = rewriter.insert(
+            "dequantize", operands, {"axis": axis}, before=node, names=[f"{weight.name}.dequantized"], source=node.source
+        )
+        return made.result
+
+    def _activation(
+        self, x: Value, node: Node, rewriter: Rewriter, stats: Stats | None, report: PassReport
+    ) -> Value:
+        # behind the producer: every reader comes later
+        before = x.producer._next if x.producer is not None else rewriter.graph._first
+        if self.activations == "static":
+            assert stats is not None
+            record = stats.of(x.name)
+            scale, zero = choose_static_range(record, self.static_range, self.percentile)
+            samples = record.samples.astype(np.float64)
+            got = (np.clip(np.round(samples / scale) + zero, 0, 255) - zero) * scale
+            report.figures.setdefault("activations", {})[x.name] = {"sqnr_db": sqnr(samples, got)}
+            constants = [
+                rewriter.constant(Constant.of(np.float32(scale)), f"{x.name}.scale"),
+                rewriter.constant(Constant.of(np.uint8(zero)), f"{x.name}.zero"),
+            ]
+            codes = rewriter.insert(
+                "quantize", [x, *constants], {"dtype": "u8"}, before=before, names=[f"{x.name}.codes"], source=node.source
+            )
+            operands: list[Value | None] = [codes.result, *constants]
+        else:
+            attributes = {"granularity": "token", "symmetric": True} if self.activations == "token" else {}
+            codes = rewriter.insert(
+                "dynamic_quantize", [x], attributes, before=before,
+                names=[f"{x.name}.codes", f"{x.name}.scale", f"{x.name}.zero"], source=node.source,
+            )  # fmt: skip
+            operands = list(codes.results)
+        made = rewriter.insert("dequantize", operands, before=before, names=[f"{x.name}.dequantized"], source=node.source)
+        return made.result
+
+    def _table(self, node: Node, rewriter: Rewriter, report: PassReport) -> bool:
+        table, ids = node.operands[0], node.operands[1]
+        if table is None or not table.is_constant or table.dtype != "f32" or table.rank != 2:
+            return False
+        assert table.constant is not None
+        if table.constant.shape[0] < self.min_rows:
+            return False
+        if len(table.users) > 1:
+            raise Declined("its table has other readers (a tied head)", node)
+        data = table.constant.wide()
+        if not np.isfinite(data).all():
+            raise PlanishError(f"table '{table.name}': holds NaN or infinity", where=place(node))
+        scale = choose_weight_scale(data, self.weight_clip).astype(np.float32).astype(np.float64)[:, None]
+        codes = np.clip(np.round(data / scale), -127, 127)
+        report.figures.setdefault("weights", {})[table.name] = {"sqnr_db": sqnr(data, codes * scale)}
+        held = rewriter.constant(Constant.of(codes.astype(np.int8)), f"{table.name}.codes")
+        scales = rewriter.constant(Constant(scale, "f32", scale.shape), f"{table.name}.scale")
+        row = rewriter.insert("embedding", [held, ids], before=node, source=node.source)
+        wide = rewriter.insert("cast", [row.result], {"to": "f32"}, before=node, source=node.source)
+        factor = rewriter.insert("embedding", [scales, ids], before=node, source=node.source)
+        product = rewriter.insert("mul", [wide.result, factor.result], before=node, source=node.source)
+        rewriter.replace_node(node, product.result)
+        return True

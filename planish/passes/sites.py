@@ -1,0 +1,121 @@
+"""Where a channel space meets weights that will be quantised: what the choosing passes look at.
+
+A *site* is a channel space with the linears (and convolutions) that read it, the statistics of what
+they read, and their weights as matrices [N, n] over the space's channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planish.ir.graph import Node, Value
+from planish.ir.spaces import FoldSite, Member, Space
+from planish.ir.stats import Stats
+
+READERS = frozenset({"linear", "gemm", "conv"})
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A channel space and what the linears in it read.
+
+    Attributes:
+        space: the space, n channels.
+        member: the activation that the linears read.
+        readers: the nodes.
+        low, high: float64 [n], the extremes of the channels over the calibration data.
+        samples: float32 [N, n].
+    """
+
+    space: Space
+    member: Member
+    readers: list[Node]
+    low: np.ndarray
+    high: np.ndarray
+    samples: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """The value that is read."""
+        assert self.member.value is not None
+        return self.member.value.name
+
+    @property
+    def largest(self) -> np.ndarray:
+        """max |x| of each channel, float64 [n]."""
+        return np.maximum(np.abs(self.low), np.abs(self.high))
+
+    def weights(self) -> list[np.ndarray]:
+        """The weight of each reader as [outputs, n], float64."""
+        found = []
+        for node in self.readers:
+            matrix = weight_matrix(node)
+            if self.member.atoms is not None:
+                columns = np.full(self.space.size, -1)
+                covered = np.flatnonzero(self.member.atoms >= 0)
+                columns[self.member.atoms[covered]] = covered
+                matrix = matrix[:, columns]
+            found.append(matrix)
+        return found
+
+
+def weight_matrix(node: Node) -> np.ndarray:
+    """The weight of a linear, gemm or convolution as [outputs, inputs] (kernels: [outputs * taps, inputs]), float64."""
+    weight = node.operands[1]
+    assert weight is not None and weight.constant is not None
+    data = weight.constant.wide()
+    if node.op.name == "conv":
+        return np.moveaxis(data, 1, -1).reshape(-1, data.shape[1])
+    transposed = node.attributes.get("transposed", False) if node.op.name == "linear" else not node.attributes.get("trans_b", False)
+    return data.T if transposed else data
+
+
+def reads_by_weight(node: Node, value: Value) -> bool:
+    """True for a linear, gemm or (ungrouped) convolution that multiplies `value` with a constant weight."""
+    if node.op.name not in READERS or node.operands[0] is not value:
+        return False
+    weight = node.operand(1)
+    if weight is None or not weight.is_constant or node.attributes.get("groups", 1) != 1:
+        return False
+    return not (node.op.name == "gemm" and node.attributes.get("trans_a", False))
+
+
+def channel_axis(node: Node) -> int:
+    """The axis of operand 0 that a reader contracts, negative."""
+    value = node.operands[0]
+    assert value is not None and value.rank is not None
+    return 1 - value.rank if node.op.name == "conv" else -1
+
+
+def site_of(space: Space, stats: Stats) -> Site | None:
+    """The site of a space: its activation that most linears read; None if no linear reads it or it has no statistics."""
+    best: Site | None = None
+    for member in space.activations:
+        value = member.value
+        assert value is not None and value.rank is not None
+        if value.name not in stats or len(member.axes) != 1:
+            continue
+        readers = [u for u in dict.fromkeys(value.users) if reads_by_weight(u, value)]
+        record = stats.of(value.name)
+        readers = [r for r in readers if channel_axis(r) == record.axis == member.axes[0] - value.rank]
+        if not readers or (best is not None and len(readers) <= len(best.readers)):
+            continue
+        if member.atoms is None:
+            columns = np.arange(space.size)
+        else:
+            columns = np.full(space.size, -1)
+            covered = np.flatnonzero(member.atoms >= 0)
+            columns[member.atoms[covered]] = covered
+            if (columns < 0).any() or len(covered) != space.size:
+                continue
+        best = Site(
+            space, member, readers, record.minimum[columns], record.maximum[columns], record.samples[:, columns]
+        )
+    return best
+
+
+def fold_nodes(space: Space) -> list[FoldSite]:
+    """The fold sites of linears in a space."""
+    return [f for f in space.folds if f.node.op.name in READERS]
