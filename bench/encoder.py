@@ -204,7 +204,10 @@ def float_after_exact(model: Path, work: Path, batches: list[Inputs]) -> dict[st
     for inputs in batches[:4]:
         expected, got = first(inputs), second(inputs)
         worst = max(worst, float(np.abs(got - expected).max() / np.abs(expected).max()))
-    return {"float64": planish.verify(model, out).error if False else max(p.error or 0.0 for p in report.passes), "float32": worst}
+    return {
+        "float64": planish.verify(model, out).error if False else max(p.error or 0.0 for p in report.passes),
+        "float32": worst,
+    }
 
 
 def measure(entries: list[Entry], rounds: int, sentences: list[str]) -> None:
@@ -218,7 +221,10 @@ def measure(entries: list[Entry], rounds: int, sentences: list[str]) -> None:
         reference = vectors if reference is None else reference
         cosine = (vectors * reference).sum(1)
         entry.figures.update(
-            size_mb=size_mb(entry.path), cosine=float(cosine.mean()), worst=float(cosine.min()), wordsim=spearman(entry.run)
+            size_mb=size_mb(entry.path),
+            cosine=float(cosine.mean()),
+            worst=float(cosine.min()),
+            wordsim=spearman(entry.run),
         )
     for shape, inputs in shapes.items():
         note(f"latency: {shape}")
@@ -233,7 +239,16 @@ def show(entries: list[Entry]) -> None:
     for entry in entries:
         f = entry.figures
         speed = [f"{f[k]:.1f} ({base[k] / f[k]:.2f}x)" if k in f else "" for k in ("ms_8x128", "ms_1x128")]
-        rows.append([entry.name, f"{f['size_mb']:.1f}", *speed, f"{f['cosine']:.5f}", f"{f['worst']:.5f}", f"{f['wordsim']:.3f}"])
+        rows.append(
+            [
+                entry.name,
+                f"{f['size_mb']:.1f}",
+                *speed,
+                f"{f['cosine']:.5f}",
+                f"{f['worst']:.5f}",
+                f"{f['wordsim']:.3f}",
+            ]
+        )
     columns = ["MiniLM-L6", "MB", "ms 8x128 (speed-up)", "ms 1x128 (speed-up)", "cosine mean", "worst", "WordSim353"]
     table("real MiniLM, ONNX Runtime CPU, 2 threads", columns, rows)
 
@@ -268,7 +283,9 @@ def compare(options: Any, full: bool, work: Path) -> int:
     if full:
         for label in ("none", "shift", "scale", "both"):
             recipe = ablation(label, work)
-            entries.append(planish_row(f"planish dynamic: {label}", model, work, recipe, batches, timed=label != "both"))
+            entries.append(
+                planish_row(f"planish dynamic: {label}", model, work, recipe, batches, timed=label != "both")
+            )
         bad = bad_calibration(64)
         for recipe in ("w8a8-dynamic", "w8a8-token", "w8a8-static"):
             entries.append(planish_row(f"planish {recipe} random tokens", model, work, recipe, bad, timed=False))

@@ -24,6 +24,7 @@ from planish.capture.onnx_proto import (
     RESERVED,
     attribute_of,
     captured_names,
+    constant_of,
     dialect,
     refine,
     type_of,
@@ -62,6 +63,7 @@ def from_onnx(
         path = Path(model)
         proto = onnx_file.read(path)
         resolve = ExternalData(path.parent, path.resolve().parent)
+    onnx_file.check_text(proto)
     work, weights = onnx_file.detach_weights(proto, resolve)
     if inline_functions and work.functions:
         work = onnx_file.inline_functions(work)
@@ -86,9 +88,7 @@ def _known_operators() -> frozenset[str]:
 class _Capture:
     """One run of the capture."""
 
-    def __init__(
-        self, model: ModelProto, weights: dict[str, Constant], resolve: ExternalData, canonical: bool
-    ) -> None:
+    def __init__(self, model: ModelProto, weights: dict[str, Constant], resolve: ExternalData, canonical: bool) -> None:
         self.model = model
         self.source = model.graph
         self.resolve = resolve
@@ -182,9 +182,7 @@ class _Capture:
                 self.read.add(name)
         for output in source.output:
             if output.name not in defined:
-                raise InvalidModelError(
-                    f"output '{output.name}': never defined", hint=nearest(output.name, defined)
-                )
+                raise InvalidModelError(f"output '{output.name}': never defined", hint=nearest(output.name, defined))
             if output.name in outputs:
                 raise InvalidModelError(f"output '{output.name}': listed twice")
             outputs.add(output.name)
@@ -206,13 +204,11 @@ class _Capture:
         for sparse in self.source.sparse_initializer:
             name = sparse.values.name
             proto = onnx.helper.make_node("Constant", [], [name])
-            proto.attribute.add(
-                name="sparse_value", type=AttributeProto.SPARSE_TENSOR
-            ).sparse_tensor.CopyFrom(sparse)
+            proto.attribute.add(name="sparse_value", type=AttributeProto.SPARSE_TENSOR).sparse_tensor.CopyFrom(sparse)
             self._opaque(proto, ())
 
     def _sorted(self) -> Sequence[NodeProto]:
-        """The nodes in an order in which each value is made before it is read: the model's own if it is one."""
+        """The nodes so that each value is made before it is read: as they stand if that is so."""
         ready = set(self.values) | self.weights.keys()
         nodes = list(self.source.node)
         reads = [{n for n in (*p.input, *captured_names(p)) if n} for p in nodes]
@@ -326,9 +322,7 @@ class _Capture:
         made = onnx_ops.convert(view)
         if made is None:
             return False
-        results = (
-            [o for o in proto.output if o] if made.results is None else list(proto.output[: made.results])
-        )
+        results = [o for o in proto.output if o] if made.results is None else list(proto.output[: made.results])
         if not all(results):
             return False
         node = Node(ops.get(made.op), [view.resolve(o) for o in made.operands], made.attributes)
@@ -338,9 +332,7 @@ class _Capture:
         types = [refine(t, self._known(name)) for t, name in zip(inferred, results, strict=True)]
         self._append(node, results, types, proto)
         self.folded |= {
-            n
-            for n in proto.input
-            if n and n not in self.values and n in self.weights and n not in self.folded
+            n for n in proto.input if n and n not in self.values and n in self.weights and n not in self.folded
         }
         return True
 
@@ -369,9 +361,7 @@ class _Capture:
         return self.types.get(name, UNKNOWN)
 
     def _append(self, node: Node, names: list[str], types: list[Type], proto: NodeProto) -> None:
-        made = self.graph.append(
-            node.op, node.operands, node.attributes, names=names, types=types, source=proto.name
-        )
+        made = self.graph.append(node.op, node.operands, node.attributes, names=names, types=types, source=proto.name)
         self.values.update((v.name, v) for v in made.results)
 
     def _outputs(self) -> None:
@@ -384,7 +374,7 @@ class _Capture:
 def constant_of_node(proto: NodeProto) -> Constant | None:
     """The constant of a Constant node that an inlined function left behind."""
     tensor = onnx_file.constant_node(proto)
-    return None if tensor is None else onnx_file.constant_of(tensor)
+    return None if tensor is None else constant_of(tensor)
 
 
 def fits(proto: NodeProto, schema: onnx.defs.OpSchema) -> bool:
@@ -393,15 +383,18 @@ def fits(proto: NodeProto, schema: onnx.defs.OpSchema) -> bool:
     for attribute in proto.attribute:
         if attribute.ref_attr_name or attribute.name not in known:
             return False
-        if int(known[attribute.name].type.value) != attribute.type:
+        if _number(known[attribute.name]) != attribute.type:
             return False
     given = {a.name for a in proto.attribute}
     if any(a.required and name not in given for name, a in known.items()):
         return False
     inputs, outputs = len(proto.input), len(proto.output)
-    return (
-        schema.min_input <= inputs <= schema.max_input and schema.min_output <= outputs <= schema.max_output
-    )
+    return schema.min_input <= inputs <= schema.max_input and schema.min_output <= outputs <= schema.max_output
+
+
+def _number(attribute: onnx.defs.OpSchema.Attribute) -> int:
+    """The kind of an attribute, as a number of AttributeProto."""
+    return int(attribute.type.value)  # type: ignore[attr-defined]
 
 
 def _label(proto: NodeProto, index: int) -> str:

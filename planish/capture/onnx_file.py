@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import onnx
 import onnx.inliner
 import onnx.shape_inference
-from google.protobuf.message import DecodeError, EncodeError
+from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError, EncodeError, Message  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
 from planish.capture.onnx_proto import constant_of, no_file, subgraphs, tensor_of, type_of
@@ -60,6 +61,23 @@ def read(path: Path) -> ModelProto:
     return model
 
 
+def check_text(message: Message) -> None:
+    """Check that names and other texts are text: protobuf hands out what is not UTF-8 as bytes.
+
+    Raises:
+        InvalidModelError: one is not.
+    """
+    for field, value in message.ListFields():
+        if field.type == FieldDescriptor.TYPE_STRING:
+            for text in value if field.is_repeated else (value,):
+                if not isinstance(text, str):
+                    name = f"{message.DESCRIPTOR.name}.{field.name}"
+                    raise InvalidModelError(f"{name}: not UTF-8 text: {text[:40]!r}")
+        elif field.type == FieldDescriptor.TYPE_MESSAGE:
+            for inner in value if field.is_repeated else (value,):
+                check_text(inner)
+
+
 class ExternalData:
     """Finds the files of external tensors, and refuses to leave the model's folder.
 
@@ -96,8 +114,7 @@ class ExternalData:
             )
         if offset + length > self._sizes[path]:
             raise InvalidModelError(
-                f"{what}: external data ends early; expected {offset + length} bytes in {path}, "
-                f"got {self._sizes[path]}"
+                f"{what}: external data ends early; expected {offset + length} bytes in {path}, got {self._sizes[path]}"
             )
         return FileRange(path, offset, length)
 
@@ -115,9 +132,7 @@ class ExternalData:
                 real = path.resolve()
                 leaves = not any(real.is_relative_to(home) for home in self._homes)
             except (OSError, ValueError, RuntimeError) as error:
-                raise InvalidModelError(
-                    f"{what}: external data '{location}' is not a path: {error}"
-                ) from None
+                raise InvalidModelError(f"{what}: external data '{location}' is not a path: {error}") from None
         if leaves:
             raise InvalidModelError(
                 f"{what}: external data '{location}' leads outside the model's folder",
@@ -136,9 +151,7 @@ def _number(what: str, key: str, text: str) -> int:
     except ValueError:
         number = -1
     if number < 0:
-        raise InvalidModelError(
-            f"{what}: {key} of its external data is '{text[:40]}'; expected a number >= 0"
-        )
+        raise InvalidModelError(f"{what}: {key} of its external data is '{text[:40]}'; expected a number >= 0")
     return number
 
 
@@ -242,9 +255,7 @@ def constant_node(node: NodeProto) -> TensorProto | None:
     if name == "value_float" and kind == AttributeProto.FLOAT:
         return TensorProto(data_type=TensorProto.FLOAT, float_data=[attribute.f])
     if name == "value_floats" and kind == AttributeProto.FLOATS:
-        return TensorProto(
-            data_type=TensorProto.FLOAT, dims=[len(attribute.floats)], float_data=attribute.floats
-        )
+        return TensorProto(data_type=TensorProto.FLOAT, dims=[len(attribute.floats)], float_data=attribute.floats)
     if name == "value_int" and kind == AttributeProto.INT:
         return TensorProto(data_type=TensorProto.INT64, int64_data=[attribute.i])
     if name == "value_ints" and kind == AttributeProto.INTS:
@@ -252,9 +263,7 @@ def constant_node(node: NodeProto) -> TensorProto | None:
     if name == "value_string" and kind == AttributeProto.STRING:
         return TensorProto(data_type=TensorProto.STRING, string_data=[attribute.s])
     if name == "value_strings" and kind == AttributeProto.STRINGS:
-        return TensorProto(
-            data_type=TensorProto.STRING, dims=[len(attribute.strings)], string_data=attribute.strings
-        )
+        return TensorProto(data_type=TensorProto.STRING, dims=[len(attribute.strings)], string_data=attribute.strings)
     return None
 
 
@@ -316,7 +325,7 @@ def unpack_rest(graph: Graph) -> ModelProto:
 
 
 def opsets_of(graph: Graph) -> dict[str, int]:
-    """The opset version of each domain of the model that the graph came from; empty if it came from elsewhere."""
+    """The opset version of each domain of the model that the graph came from; empty if from elsewhere."""
     found = graph.meta.get(META_OPSETS)
     pairs = found if isinstance(found, tuple) else ()
     return {str(pair[0]): int(pair[1]) for pair in pairs if isinstance(pair, tuple)}  # type: ignore[arg-type]

@@ -48,7 +48,7 @@ Operand = str | Fresh | None
 
 @dataclass
 class Made:
-    """A canonical op: operands by name, attributes, and how many of the node's outputs it gives (None: all)."""
+    """A canonical op: operands by name, attributes, how many of the node's outputs it gives (None: all)."""
 
     op: str
     operands: Sequence[Operand]
@@ -462,9 +462,7 @@ def _conv(view: View) -> Made | None:
     if weight is None:
         return None
     spatial = len(weight) - 2
-    if kernel is not None and any(
-        isinstance(d, int) and d != k for d, k in zip(weight[2:], kernel, strict=False)
-    ):
+    if kernel is not None and any(isinstance(d, int) and d != k for d, k in zip(weight[2:], kernel, strict=False)):
         return None
     attributes = _window(view, spatial)
     if attributes is None or (kernel is not None and len(kernel) != spatial):
@@ -551,11 +549,7 @@ def _group_norm(view: View) -> Made | None:
 
 @_for("InstanceNormalization")
 def _instance_norm(view: View) -> Made | None:
-    return (
-        Made("instance_norm", view.inputs(3), {"eps": view.get_float("epsilon", 1e-5)})
-        if view.since >= 6
-        else None
-    )
+    return Made("instance_norm", view.inputs(3), {"eps": view.get_float("epsilon", 1e-5)}) if view.since >= 6 else None
 
 
 _REDUCE = {

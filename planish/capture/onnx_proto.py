@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import onnx
-from google.protobuf import text_format
+from google.protobuf import text_format  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto
 
 from planish.ir.constant import Constant, FileRange, pack_bits, unpack_bits
@@ -106,6 +106,7 @@ def _numbers(tensor: TensorProto, dtype: str, size: int) -> np.ndarray:
         if width < 8:
             return unpack_bits(np.frombuffer(raw, np.uint8), dtype, size)
         return np.frombuffer(raw, logical)
+    values: np.ndarray
     if dtype == "f32":
         values = np.array(tensor.float_data, np.float32)
     elif dtype == "f64":
@@ -259,7 +260,7 @@ def _blob(message: Any) -> Blob:
 
 
 def attribute_of(proto: AttributeProto, resolve: Resolver = no_file) -> Attribute:
-    """The IR's value of an attribute. What python values cannot say is kept as a Blob of the whole attribute."""
+    """The IR's value of an attribute; a Blob of the whole attribute where python values cannot say it."""
     kind = proto.type
     if proto.doc_string or proto.ref_attr_name:
         return _blob(proto)
@@ -343,10 +344,10 @@ def _put_tuple(proto: AttributeProto, items: tuple[Attribute, ...]) -> None:
     first = items[0]
     if all(isinstance(i, int) for i in items):
         proto.type = AttributeProto.INTS
-        proto.ints.extend(items)  # type: ignore[arg-type]
+        proto.ints.extend(items)
     elif all(isinstance(i, int | float) for i in items):
         proto.type = AttributeProto.FLOATS
-        proto.floats.extend(items)  # type: ignore[arg-type]
+        proto.floats.extend(items)
     elif all(isinstance(i, str | bytes) for i in items):
         proto.type = AttributeProto.STRINGS
         proto.strings.extend(_bytes(i) for i in items)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ names of their values, and the public names of inputs and outputs never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from planish.capture.onnx_file import (
     LIMIT,
     META_IR_VERSION,
+    META_REST,
     opsets_of,
     unpack_rest,
 )
@@ -29,6 +30,7 @@ from planish.capture.onnx_proto import (
     dialect,
     domain_of,
     rename_free,
+    subgraphs,
     tensor_of,
     type_of,
     type_proto,
@@ -73,9 +75,7 @@ def to_model(graph: Graph, *, opset: int | None = None, target: str = "onnx") ->
     model = emission.model()
     total = sum(c.nbytes for c in emission.weights.values()) + model.ByteSize()
     if total > LIMIT:
-        raise PlanishError(
-            f"model: {total} bytes exceed the 2 GB that protobuf can hold", hint="write it to a file"
-        )
+        raise PlanishError(f"model: {total} bytes exceed the 2 GB that protobuf can hold", hint="write it to a file")
     for name, constant in emission.weights.items():
         model.graph.initializer.append(emission.documented(tensor_of(constant, name)))
     return model
@@ -104,12 +104,11 @@ def write(
     weights = emission.weights
     total = sum(c.nbytes for c in weights.values())
     if external is None:
-        external = total > INLINE or any(c.file is not None for c in weights.values())
+        captured = META_REST in graph.meta
+        external = total > INLINE or (captured and any(c.file is not None for c in weights.values()))
     if not external:
         if total + model.ByteSize() > LIMIT:
-            raise PlanishError(
-                f"{path}: {total} bytes of weights exceed protobuf's 2 GB; expected external data"
-            )
+            raise PlanishError(f"{path}: {total} bytes of weights exceed protobuf's 2 GB; expected external data")
         for name, constant in weights.items():
             model.graph.initializer.append(emission.documented(tensor_of(constant, name)))
         refuse_overwriting(path, weights)
@@ -117,8 +116,8 @@ def write(
             handle.write(model.SerializeToString(deterministic=True))
         return
     data = path.with_name(path.name + ".data")
-    for name in (path, data):
-        refuse_overwriting(name, weights)
+    for target_path in (path, data):
+        refuse_overwriting(target_path, weights)
     free_space(path, total)
     with atomic_group([data, path]) as (data_handle, handle):
         for name, constant in weights.items():
@@ -204,12 +203,13 @@ class Emission:
         op_type: str,
         inputs: Sequence[str],
         outputs: Sequence[str] | str | None = None,
+        attributes: Mapping[str, Attribute] | None = None,
         *,
         domain: str = "",
         hint: str = "",
-        **attributes: Attribute,
+        **more: Attribute,
     ) -> str:
-        """Add a node; the name of its first output. None attributes are left out.
+        """Add a node; the name of its first output. Attributes that are None are left out.
 
         Raises:
             PlanishError: the opset has no such operator.
@@ -219,9 +219,7 @@ class Emission:
         elif isinstance(outputs, str):
             outputs = [outputs]
         if domain == "" and _schema(op_type, "", self.opset) is None:
-            raise PlanishError(
-                f"operator '{op_type}': unknown in opset {self.opset}", hint="write at a higher opset"
-            )
+            raise PlanishError(f"operator '{op_type}': unknown in opset {self.opset}", hint="write at a higher opset")
         if domain and domain not in self.imports:
             self.imports[domain] = 1
         inputs = list(inputs)
@@ -229,7 +227,7 @@ class Emission:
             inputs.pop()
         proto = NodeProto(op_type=op_type, domain=domain, input=inputs, output=outputs, name=self._source)
         self._source = ""  # the first node of an op gets the name of the node it came from
-        for key, value in attributes.items():
+        for key, value in {**(attributes or {}), **more}.items():
             if value is not None:
                 proto.attribute.append(attribute_proto(key, value))
         self.nodes.append(proto)
@@ -342,6 +340,9 @@ class Emission:
         for value in self.graph.inputs:
             self.names[value] = value.name
         for name, value in self.graph.outputs:
+            held = self.graph.values.get(name)
+            if held is not None and held.is_input and held is not value:
+                raise PlanishError(f"output '{name}': an input has that name, and is another value")
             if value not in self.names and (value.producer is not None or value.name == name):
                 self.names[value] = name
             elif self.names.get(value) != name:
@@ -366,15 +367,11 @@ class Emission:
         inner = captures if isinstance(captures, tuple) else ()
         operands = [self.name(v) for v in node.operands]
         explicit = operands[: len(operands) - len(inner)]
-        renamed = {
-            str(old): new for old, new in zip(inner, operands[len(explicit) :], strict=True) if old != new
-        }
+        renamed = {str(old): new for old, new in zip(inner, operands[len(explicit) :], strict=True) if old != new}
         schema = _schema(op_type, domain, self.imports.get(domain, 1))
         if schema is not None and schema.min_input < 1000:
             explicit += [""] * (schema.min_input - len(explicit))
-        proto = NodeProto(
-            op_type=op_type, domain=domain, input=explicit, output=self.outputs(node), name=node.source
-        )
+        proto = NodeProto(op_type=op_type, domain=domain, input=explicit, output=self.outputs(node), name=node.source)
         if isinstance(overload, str):
             proto.overload = overload
         for key, value in node.attributes.items():
@@ -390,16 +387,24 @@ class Emission:
     def _check_version(self, node: Node, op_type: str, domain: str) -> None:
         """An opaque node may move to another opset only if its operator is the same there."""
         came_from = node.attributes.get("onnx_opset")
-        if not isinstance(came_from, int):
-            return
-        goes_to = self.imports.setdefault(domain, came_from)
-        if came_from == goes_to:
-            return
+        goes_to = self.imports.setdefault(domain, came_from if isinstance(came_from, int) else 1)
+        if isinstance(came_from, int) and came_from != goes_to:
+            self._same_operator(node, op_type, domain, came_from)
+        captured = opsets_of(self.graph).get("", self.opset)
+        if captured != self.opset:
+            for attribute in node.attributes.values():
+                for graph in _graphs(attribute):
+                    for inner in _all_nodes(graph):
+                        if inner.domain in ("", "ai.onnx"):
+                            self._same_operator(node, inner.op_type, "", captured)
+
+    def _same_operator(self, node: Node, op_type: str, domain: str, came_from: int) -> None:
+        goes_to = self.imports[domain]
         before, after = _schema(op_type, domain, came_from), _schema(op_type, domain, goes_to)
         if before is None or after is None or before.since_version != after.since_version:
             name = domain or DEFAULT_DOMAIN
             raise PlanishError(
-                f"op '{node.op.name}': differs between opset {came_from} and {goes_to} of {name}",
+                f"op '{name}::{op_type}': differs between opset {came_from} and {goes_to} of {name}",
                 where=str(node),
                 hint=f"write at opset {came_from}",
             )
@@ -485,6 +490,14 @@ def _graphs(attribute: Attribute) -> Iterable[GraphProto]:
     elif isinstance(attribute, tuple):
         for item in attribute:
             yield from _graphs(item)
+
+
+def _all_nodes(graph: GraphProto) -> Iterable[NodeProto]:
+    """The nodes of a subgraph and of the subgraphs in it."""
+    for node in graph.node:
+        yield node
+        for inner in subgraphs(node):
+            yield from _all_nodes(inner)
 
 
 def _attribute_graphs(attribute: AttributeProto) -> Iterable[GraphProto]:

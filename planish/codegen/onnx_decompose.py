@@ -155,9 +155,7 @@ def _ones(node: Node, e: Emission, x: Value) -> str:
     static = tuple(d for d in shape if isinstance(d, int))
     if not shape or len(static) != len(shape):
         return ""
-    return e.weight(
-        Constant(np.ones(static), x.dtype or "f32", static), "ones", key=("ones", x.dtype, static)
-    )
+    return e.weight(Constant(np.ones(static), x.dtype or "f32", static), "ones", key=("ones", x.dtype, static))
 
 
 @emitter("rms_norm")
@@ -223,11 +221,13 @@ def _trailing_ones(e: Emission, value: Value | None, axes: tuple[int, ...]) -> s
 def _attention(node: Node, e: Emission) -> None:
     q, k, v, mask = (node.operand(i) for i in range(4))
     scale, causal = node.attributes.get("scale"), bool(node.attributes.get("causal", False))
-    if e.since("Attention") >= 23:
+    safe = bool(node.attributes.get("safe", False))
+    if e.since("Attention") >= 23 and not safe:
         names = [e.name(value) for value in (q, k, v, mask)]
         e.add("Attention", names, e.outputs(node), scale=scale, is_causal=1 if causal else None)
         return
-    assert q is not None and k is not None and v is not None
+    if q is None or k is None or v is None:
+        raise e.fail(node, "an absent operand is not possible")
     if scale is None:
         depth = q.shape[3] if q.shape is not None else None
         if not isinstance(depth, int):
@@ -245,6 +245,8 @@ def _attention(node: Node, e: Emission) -> None:
         scores = e.add("Where", [_causal(e, q, k, scores), scores, e.scalar(-math.inf, q)])
     axis = -1 if e.since("Softmax") >= 11 else 3
     weights = e.add("Softmax", [scores], axis=axis)
+    if safe:  # a row that is masked throughout gives zeros
+        weights = e.add("Where", [e.add("IsNaN", [weights]), e.scalar(0.0, q), weights])
     e.add("MatMul", [weights, _shared_heads(node, e, q, v)], e.outputs(node))
 
 

@@ -9,20 +9,21 @@ from typing import Any
 
 import numpy as np
 
-from planish.codegen import onnx_decompose  # noqa: F401  registers its emitters
+from planish.codegen import onnx_decompose, onnx_quantised  # noqa: F401  register their emitters
 from planish.codegen.onnx import Emission, emitter
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Node, Value
 from planish.ir.types import onnx_enum
 
 _PLAIN = {
-    "neg": "Neg", "abs": "Abs", "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "erf": "Erf", "exp": "Exp",
-    "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "softplus": "Softplus", "sin": "Sin", "cos": "Cos",
-    "floor": "Floor", "ceil": "Ceil", "round": "Round", "sign": "Sign", "logical_not": "Not", "is_nan": "IsNaN",
-    "identity": "Identity", "add": "Add", "sub": "Sub", "mul": "Mul", "div": "Div", "pow": "Pow", "max": "Max",
-    "min": "Min", "equal": "Equal", "less": "Less", "less_equal": "LessOrEqual", "greater": "Greater",
-    "greater_equal": "GreaterOrEqual", "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor",
-    "where": "Where", "prelu": "PRelu", "matmul": "MatMul", "expand": "Expand", "tile": "Tile", "range": "Range",
+    "neg": "Neg", "abs": "Abs", "relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh", "erf": "Erf",
+    "exp": "Exp", "log": "Log", "sqrt": "Sqrt", "reciprocal": "Reciprocal", "softplus": "Softplus",
+    "sin": "Sin", "cos": "Cos", "floor": "Floor", "ceil": "Ceil", "round": "Round", "sign": "Sign",
+    "logical_not": "Not", "is_nan": "IsNaN", "identity": "Identity", "add": "Add", "sub": "Sub",
+    "mul": "Mul", "div": "Div", "pow": "Pow", "max": "Max", "min": "Min", "equal": "Equal", "less":
+    "Less", "less_equal": "LessOrEqual", "greater": "Greater", "greater_equal": "GreaterOrEqual",
+    "logical_and": "And", "logical_or": "Or", "logical_xor": "Xor", "where": "Where", "prelu":
+    "PRelu", "matmul": "MatMul", "expand": "Expand", "tile": "Tile", "range": "Range",
     "global_average_pool": "GlobalAveragePool", "global_max_pool": "GlobalMaxPool",
 }  # fmt: skip
 
@@ -56,7 +57,7 @@ _SLOPED = {"leaky_relu": "LeakyRelu", "elu": "Elu", "hard_sigmoid": "HardSigmoid
 @emitter(*_SLOPED)
 def _sloped(node: Node, e: Emission) -> None:
     slopes: dict[str, Attribute] = {"alpha": get(node, "alpha"), "beta": get(node, "beta")}
-    e.add(_SLOPED[node.op.name], operands(node, e), e.outputs(node), **slopes)
+    e.add(_SLOPED[node.op.name], operands(node, e), e.outputs(node), slopes)
 
 
 @emitter("mod")
@@ -80,7 +81,7 @@ def _clip(node: Node, e: Emission) -> None:
         value = node.operand(index)
         if value is not None:
             limits[name] = float(_fixed(node, e, value, name).array().reshape(-1)[0])
-    e.add("Clip", [e.name(node.operands[0])], e.outputs(node), **limits)
+    e.add("Clip", [e.name(node.operands[0])], e.outputs(node), limits)
 
 
 def _fixed(node: Node, e: Emission, value: Value | None, what: str) -> Constant:
@@ -136,7 +137,7 @@ def _slice(node: Node, e: Emission) -> None:
     parts: dict[str, Attribute] = {
         name: _fixed_ints(node, e, index, name) for index, name in ((1, "starts"), (2, "ends"), (3, "axes"))
     }
-    e.add("Slice", [e.name(node.operands[0])], e.outputs(node), **parts)
+    e.add("Slice", [e.name(node.operands[0])], e.outputs(node), parts)
 
 
 @emitter("gather", "embedding")
@@ -216,7 +217,8 @@ def _linear(node: Node, e: Emission) -> None:
     """Gemm where x is a matrix and there is a bias; else MatMul and Add."""
     x, weight, bias = (node.operand(i) for i in range(3))
     transposed = bool(get(node, "transposed"))
-    assert x is not None and weight is not None
+    if x is None or weight is None:
+        raise e.fail(node, "an absent operand is not possible")
     if bias is not None and x.rank == 2 and bias.rank is not None and e.since("Gemm") >= 7:
         trans_b = None if transposed else 1
         e.add("Gemm", [e.name(x), e.name(weight), e.name(bias)], e.outputs(node), transB=trans_b)
@@ -267,12 +269,12 @@ def _conv(node: Node, e: Emission) -> None:
     if kernel and all(isinstance(k, int) for k in kernel):
         attributes["kernel_shape"] = kernel
     if node.op.name == "conv":
-        e.add("Conv", operands(node, e), e.outputs(node), **attributes)
+        e.add("Conv", operands(node, e), e.outputs(node), attributes)
         return
     padding = get(node, "output_padding") or ()
     attributes["output_padding"] = padding if any(padding) else None
     attributes["output_shape"] = get(node, "output_shape") or None
-    e.add("ConvTranspose", operands(node, e), e.outputs(node), **attributes)
+    e.add("ConvTranspose", operands(node, e), e.outputs(node), attributes)
 
 
 @emitter("average_pool", "max_pool")
@@ -284,14 +286,14 @@ def _pool(node: Node, e: Emission) -> None:
         attributes["count_include_pad"] = unless(int(get(node, "count_include_pad") or 0), 0)
     if all(d == 1 for d in get(node, "dilations") or ()):
         attributes["dilations"] = None  # which AveragePool has only since opset 19
-    e.add(op_type, operands(node, e), e.outputs(node), **attributes)
+    e.add(op_type, operands(node, e), e.outputs(node), attributes)
 
 
 # -- reduction -----------------------------------------------------------------------------------
 
 _REDUCE = {
-    "reduce_sum": "ReduceSum", "reduce_mean": "ReduceMean", "reduce_max": "ReduceMax", "reduce_min": "ReduceMin",
-    "reduce_prod": "ReduceProd", "reduce_l2": "ReduceL2",
+    "reduce_sum": "ReduceSum", "reduce_mean": "ReduceMean", "reduce_max": "ReduceMax", "reduce_min":
+    "ReduceMin", "reduce_prod": "ReduceProd", "reduce_l2": "ReduceL2",
 }  # fmt: skip
 
 

@@ -39,10 +39,11 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
     _check(space, transform)
     if space.blockers and not insert:
         raise Declined(space.blockers[0].reason, space.blockers[0].node)
-    edges = list(dict.fromkeys(_Edge.of(b) for b in space.blockers))
+    # readers first: an op behind a blocked producer then stands before theirs
+    edges = sorted(dict.fromkeys(map(_Edge, space.blockers)), key=lambda edge: not edge.into)
     for edge in edges:
         edge.check(space.act)
-    for member in space.constants:
+    for member in space.maximal_constants:
         _transform_constant(rewriter, member, transform)
     for site in space.folds:
         _fold(rewriter, site, transform)
@@ -142,11 +143,13 @@ class _Edge:
 
     def __init__(self, blocker: Blocker) -> None:
         self.blocker = blocker
-        self.identity = (id(blocker.node), blocker.port, id(blocker.value), blocker.axes, blocker.reason if blocker.node is None else "")
-
-    @staticmethod
-    def of(blocker: Blocker) -> _Edge:
-        return _Edge(blocker)
+        self.identity = (
+            id(blocker.node),
+            blocker.port,
+            id(blocker.value),
+            blocker.axes,
+            blocker.reason if blocker.node is None else "",
+        )
 
     def __hash__(self) -> int:
         return hash(self.identity)
@@ -163,7 +166,9 @@ class _Edge:
 
     def check(self, act: Act) -> None:
         blocker = self.blocker
-        if blocker.value.is_constant or (blocker.node is None and blocker.reason not in ("graph input", "graph output")):
+        if blocker.value.is_constant or (
+            blocker.node is None and blocker.reason not in ("graph input", "graph output")
+        ):
             raise Declined(f"no explicit op can lift it: {blocker.reason}", blocker.node)
         if act not in (Act.SCALE, Act.SHIFT) and len(blocker.axes) > 1:
             raise Declined("an explicit op on joint axes is not supported", blocker.node)
@@ -175,7 +180,9 @@ class _Edge:
         if self.into:
             undone = transform.inverse()
             node = blocker.node
-            out = _explicit(rewriter, value, blocker.axes, undone, blocker.atoms, blocker.variance, before=node)
+            out = _explicit(
+                rewriter, value, blocker.axes, undone, blocker.atoms, blocker.variance, before=node
+            )
             if node is not None:
                 rewriter.set_operand(node, blocker.port, out)
             else:
@@ -183,7 +190,9 @@ class _Edge:
             return
         readers = list(value.users)
         first = value.producer._next if value.producer is not None else rewriter.graph._first
-        out = _explicit(rewriter, value, blocker.axes, transform, blocker.atoms, blocker.variance, before=first)
+        out = _explicit(
+            rewriter, value, blocker.axes, transform, blocker.atoms, blocker.variance, before=first
+        )
         rewriter.replace(value, out, users=[r for r in readers if r is not out.producer])
         rewriter.graph.outputs = [(n, out if v is value else v) for n, v in rewriter.graph.outputs]
 
@@ -226,5 +235,7 @@ def _explicit(
             if axes[0] != value.rank - 1:
                 raise Declined("an explicit rotation needs the last axis", before)
             matrix = apply(np.eye(count), (1,), transform, atoms, variance)  # row vector times matrix
-            node = rewriter.insert("matmul", [value, constant(matrix, value.dtype)], before=before, names=[hint])
+            node = rewriter.insert(
+                "matmul", [value, constant(matrix, value.dtype)], before=before, names=[hint]
+            )
     return node.result

@@ -1,17 +1,18 @@
 """The audit of the op table: every claim of every row is tried on numbers, and every refusal too.
 
-For an instance of an op (operand shapes, attributes), an act, a port and axes, the row says what must carry the
-transform (`OpDef.relate`). The audit draws operands and a transform T in float64, gives T to the ports that the
-row names, and demands that the node computes what the row says:
+For an instance of an op (operand shapes, attributes), an act, a port and axes, the row says what must
+carry the transform (`OpDef.relate`). The audit draws operands and a transform T in float64, gives T to
+the ports that the row names, and demands that the node computes what the row says:
 
     f(T operands) = T f(operands)          for `Carry`, each option of `OneOf`, and `Fold`
 
-For a `Block` it looks for an identity that the row overlooks: T on the port alone leaves the results as they are,
-or shows on a result (or comes from one operand) unchanged or inverted. If one holds for all draws, the row must
-list the refusal in `conservative`.
+For a `Block` it looks for an identity that the row overlooks: T on the port alone leaves the results as
+they are, or shows on a result (or comes from one operand) unchanged or inverted. If one holds for all
+draws, the row must list the refusal in `conservative`.
 
 The transform acts on *channels*: the connected components of atoms under the links' pairs, as in
 `planish.ir.spaces`; channels that lie in different ports, or are repeated differently, are not mixed.
+Atoms that meet no channel of the asker stay as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from planish.ir.constant import Constant
-from planish.ir.graph import Attribute, Graph, Node, Value
+from planish.ir.audit_trial import Instance, Trial
 from planish.ir.ops.base import (
     ACTS,
     MIXING,
@@ -38,40 +38,11 @@ from planish.ir.ops.base import (
     OpDef,
     Port,
     Relation,
-    Wide,
 )
-from planish.ir.transform import Mix, Scale, Shift, Transform, apply, random_transform
-from planish.ir.types import TensorType, is_float
+from planish.ir.transform import Permute, Shift, Transform, apply, random_transform
+from planish.ir.types import is_float
 
 DRAWS = 20  # for a refusal to count as an overlooked identity
-
-
-@dataclass(frozen=True)
-class Operand:
-    """One operand of an instance.
-
-    Attributes:
-        shape: static dims.
-        constant: a constant rather than an activation.
-        draw: how its data is drawn: normal, positive, nonzero, integer, bool, rows (they sum to 1), equal (one
-            value everywhere), or the data itself.
-        dtype: its dtype.
-        same: the operand that is the same value.
-    """
-
-    shape: tuple[int, ...]
-    constant: bool = False
-    draw: str | np.ndarray = "normal"
-    dtype: str = "f32"
-    same: int | None = None
-
-
-@dataclass(frozen=True)
-class Instance:
-    """An op on given operands; an absent operand is None."""
-
-    operands: tuple[Operand | None, ...]
-    attributes: Mapping[str, Attribute]
 
 
 @dataclass(frozen=True)
@@ -88,98 +59,6 @@ class Finding:
     def __str__(self) -> str:
         act = f" {self.act.value} at port {self.port} axes {self.axes}" if self.act is not None else ""
         return f"{self.op}:{act} {self.what}; in {self.where}"
-
-
-# -- drawing -----------------------------------------------------------------------------------------
-
-
-def draw(operand: Operand, rng: np.random.Generator) -> np.ndarray:
-    """Data for an operand: among normal numbers some zeros and some that are large."""
-    if isinstance(operand.draw, np.ndarray):
-        return operand.draw
-    shape = operand.shape
-    data = rng.normal(size=shape)
-    match operand.draw:
-        case "integer":
-            return rng.integers(-3, 4, shape)
-        case "bool":
-            return rng.random(shape) < 0.6
-        case "equal":
-            return np.full(shape, rng.normal())
-        case "rows":
-            data = np.exp(data)
-            return np.asarray(data / data.sum(-1, keepdims=True))
-        case "positive":
-            data = np.exp(data)
-        case "nonzero":
-            data = data + np.sign(data) * 0.1
-        case _:
-            data = np.where(rng.random(shape) < 0.1, 0.0, data)
-    large = rng.random(shape) < 0.05
-    return np.asarray(np.where(large, 40.0 * data, data))
-
-
-class Trial:
-    """A node made of an instance, with its operands' data and its results."""
-
-    def __init__(self, row: OpDef, instance: Instance, rng: np.random.Generator) -> None:
-        self.graph = Graph("audit")
-        self.instance = instance
-        values: list[Value | None] = []
-        self.data: dict[Port, np.ndarray] = {}
-        for index, operand in enumerate(instance.operands):
-            if operand is None:
-                values.append(None)
-                continue
-            if operand.same is not None:
-                values.append(values[operand.same])
-                self.data[index] = self.data[operand.same]
-                continue
-            data = draw(operand, rng)
-            self.data[index] = data
-            name = f"operand{index}"
-            if operand.constant:
-                values.append(self.graph.add_constant(name, Constant(data, operand.dtype, data.shape)))
-                continue
-            value = self.graph.add_input(name, TensorType(operand.dtype, data.shape))
-            if isinstance(operand.draw, str) and operand.draw == "rows":
-                from planish.ir.ops import get
-
-                value = self.graph.append(get("softmax"), [value], {"axis": -1}).result
-            values.append(value)
-        self.node = self.graph.append(row, values, instance.attributes)
-        self.evaluate_types = [v.type for v in self.node.results]
-        for index, result in enumerate(self.evaluate(self.data)):
-            self.data[~index] = result
-
-    def evaluate(self, data: Mapping[Port, np.ndarray]) -> list[np.ndarray]:
-        """The results in float64 for operands' data."""
-        count = max((p for p in data if p >= 0), default=-1) + 1
-        tensors = [torch.from_numpy(np.array(data[p])) if p in data else None for p in range(count)]
-        results = self.node.op.evaluate(self.node, tensors, Wide(torch.float64))
-        return [r.detach().numpy() for r in results]
-
-    @property
-    def ports(self) -> list[Port]:
-        return sorted(self.data)
-
-    def redraw(self, rng: np.random.Generator) -> Trial:
-        """The same instance with other data."""
-        return Trial(self.node.op, self.instance, rng)
-
-    def wrong_types(self) -> str | None:
-        """What is wrong with the inferred types, compared with what was computed."""
-        for index, value in enumerate(self.node.results):
-            computed = self.data[~index]
-            if not isinstance(value.type, TensorType):
-                return f"result {index} has no inferred type"
-            shape = value.type.shape
-            if shape is not None and (
-                len(shape) != computed.ndim
-                or any(isinstance(d, int) and d != c for d, c in zip(shape, computed.shape, strict=True))
-            ):
-                return f"result {index} is inferred as {value.type}, computed {computed.shape}"
-        return None
 
 
 # -- claims ------------------------------------------------------------------------------------------
@@ -229,6 +108,8 @@ class _Claim:
                 if element.variance != variance and self.act not in (Act.PERMUTE, Act.ROTATE):
                     self.clash = True
                 return element
+            # axes that meet: the analysis ties such elements, the audit leaves them alone
+            self.clash |= element.ports == ports and bool({*element.axes} & {*axes})
         element = _Element(ports, axes, tuple(shape[a] for a in axes), variance, grow, view)
         if link is not None:
             element.neutral, element.offset = link.neutral, link.offset
@@ -244,9 +125,7 @@ class _Claim:
         for link in carry.links:
             node = self.trial.node
             value = node.port(link.port)
-            if value is None and (
-                link.neutral is None or (link.neutral == 0.0 and self.act is not Act.SHIFT)
-            ):
+            if value is None and (link.neutral is None or (link.neutral == 0.0 and self.act is not Act.SHIFT)):
                 continue
             known = len(self.elements)
             other = self.element(link.port, link.axes, asker.variance * link.variance, link)
@@ -286,12 +165,12 @@ class _Claim:
             for atom, index in enumerate(np.ndindex(*element.dims)):
                 labels[channel[element.start + atom]].add((k, *(index[p] for p in places)))
         for kind in sorted({tuple(s) for s in signature}):
+            if not kind[0]:
+                continue  # none of the asker's channels: left as it is
             members = [c for c in range(count) if tuple(signature[c]) == kind]
             renumber = np.full(count, -1)
             renumber[members] = np.arange(len(members))
-            atoms = {
-                k: renumber[channel[e.start : e.start + e.size]] for k, e in enumerate(self.elements) if kind[k]
-            }
+            atoms = {k: renumber[channel[e.start : e.start + e.size]] for k, e in enumerate(self.elements) if kind[k]}
             distinct: dict[frozenset[tuple[int, ...]], int] = {}
             label = [distinct.setdefault(frozenset(labels[c]), len(distinct)) for c in members]
             yield atoms, len(members), np.array(label)
@@ -366,8 +245,8 @@ def _difference(results: Sequence[np.ndarray], expected: Mapping[Port, np.ndarra
 def _claims(trial: Trial, act: Act, port: Port, axes: Axes) -> tuple[Relation, list[_Claim]]:
     """The row's answer, and the claims in it (several for `OneOf`).
 
-    A value that stands at several operands is asked about at each of them, until nothing new is linked; a refusal
-    or a choice on the way ends that: it is the analysis that settles those.
+    A value that stands at several operands is asked about at each of them, until nothing new is linked; a
+    refusal or a choice on the way ends that: it is the analysis that settles those.
     """
     relation = trial.node.op.relate(trial.node, act, port, axes)
     if isinstance(relation, (Block, Fold)):
@@ -420,7 +299,7 @@ def _overlooked(trial: Trial, act: Act, port: Port, axes: Axes, rng: np.random.G
     candidates: list[tuple[Port | None, Axes, int]]
     dims = tuple(trial.data[port].shape[a] for a in axes)
     size = int(np.prod(dims, dtype=np.int64))
-    if size < 2:
+    if size < 2 or (len(axes) > 1 and 1 in dims):  # nothing to tell apart, or the same as with fewer axes
         return None
     others = [p for p in trial.ports if (p < 0) != (port < 0)]
     candidates = [(None, (), 1)] if port >= 0 else []
@@ -435,17 +314,17 @@ def _overlooked(trial: Trial, act: Act, port: Port, axes: Axes, rng: np.random.G
         if not candidates:
             return None
         transform = random_transform(act, size, rng, positive=True)
-        if act is Act.PERMUTE and (transform.inverse().order == np.arange(size)).all():  # type: ignore[union-attr]
+        if isinstance(transform, Permute) and (transform.order == np.arange(size)).all():
             continue
         candidates = [c for c in candidates if _holds(trial, transform, port, axes, c)]
         trial = trial.redraw(rng)
     if not candidates:
         return None
-    other, there, variance = candidates[0]
-    if other is None:
+    found, there, variance = candidates[0]
+    if found is None:
         return "leaves every result as it is"
     inverted = " inverted" if variance < 0 else ""
-    return f"goes with the same{inverted} at port {other} axes {there}"
+    return f"goes with the same{inverted} at port {found} axes {there}"
 
 
 def _holds(
@@ -499,25 +378,32 @@ def excused(row: OpDef, act: Act, port: Port) -> bool:
 
 def audit(row: OpDef, instances: Sequence[Instance], seed: int) -> list[Finding]:
     """Try every claim and every refusal of a row; what is wrong with it, empty if nothing is."""
-    findings: list[Finding] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    try:
+        return list(_findings(row, instances, seed))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _findings(row: OpDef, instances: Sequence[Instance], seed: int) -> Iterator[Finding]:
     if not instances:
-        return [Finding(row.name, None, 0, (), "no instance in the audit: a hole in the grid", row.name)]
-    missing = {p.name for i, p in enumerate(row.params) if not any(len(x.operands) > i and x.operands[i] for x in instances)}
-    if missing:
-        findings.append(Finding(row.name, None, 0, (), f"no instance has {', '.join(sorted(missing))}", row.name))
+        yield Finding(row.name, None, 0, (), "no instance in the audit: a hole in the grid", row.name)
+    for index, param in enumerate(row.params):
+        if instances and not any(i.operands[index : index + 1] not in ((), (None,)) for i in instances):
+            yield Finding(row.name, None, index, (), f"no instance has operand {param.name}", row.name)
     for number, instance in enumerate(instances):
         rng = np.random.default_rng((seed, number))
         trial = Trial(row, instance, rng)
         where = repr(trial.node)
         wrong = trial.wrong_types()
         if wrong is not None:
-            findings.append(Finding(row.name, None, -1, (), wrong, where))
+            yield Finding(row.name, None, -1, (), wrong, where)
             continue
         for act, port, axes in questions(trial):
             what = _judge(trial, act, port, axes, rng)
             if what is not None:
-                findings.append(Finding(row.name, act, port, axes, what, where))
-    return findings
+                yield Finding(row.name, act, port, axes, what, where)
 
 
 def _judge(trial: Trial, act: Act, port: Port, axes: Axes, rng: np.random.Generator) -> str | None:
@@ -525,7 +411,7 @@ def _judge(trial: Trial, act: Act, port: Port, axes: Axes, rng: np.random.Genera
     if isinstance(relation, Block):
         if not relation.reason:
             return "refuses without a reason"
-        if excused(trial.node.op, act, port):
+        if trial.degenerate or excused(trial.node.op, act, port):
             return None
         overlooked = _overlooked(trial, act, port, axes, rng)
         return None if overlooked is None else f"is refused ({relation.reason}), but {overlooked}"
@@ -538,6 +424,3 @@ def _judge(trial: Trial, act: Act, port: Port, axes: Axes, rng: np.random.Genera
             links = ", ".join(f"port {e.ports[0]} axes {e.axes} variance {e.variance}" for e in claim.elements)
             return f"does not hold: {what}; carried by {links}"
     return None
-
-
-__all__ = ["Finding", "Instance", "Mix", "Operand", "Scale", "Trial", "audit", "questions"]

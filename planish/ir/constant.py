@@ -50,7 +50,9 @@ class Constant:
         if data is not None:
             if tuple(data.shape) != tuple(shape):
                 raise ValueError(f"constant data has shape {data.shape}, expected {shape}")
-            data = data.view()
+            import numpy as np
+
+            data = np.asarray(data).view()  # arithmetic on 0-d arrays gives numpy scalars
             data.flags.writeable = False
         self._data = data
         self.dtype = dtype
@@ -140,7 +142,9 @@ class Constant:
         buffer = memoryview(mapped)[offset - page :]
         if bits(self.dtype) >= 8:
             return np.frombuffer(buffer, numpy_dtype(self.dtype)).reshape(self.shape)
-        return unpack_bits(np.frombuffer(buffer, np.uint8), self.dtype, self.size).reshape(self.shape)
+        unpacked = unpack_bits(np.frombuffer(buffer, np.uint8), self.dtype, self.size).reshape(self.shape)
+        unpacked.flags.writeable = False
+        return unpacked
 
     def array(self) -> np.ndarray:
         """The data in the logical dtype, read-only; a fold's float64 data is rounded here."""
@@ -164,7 +168,7 @@ class Constant:
 
         if dtype is not None and is_float(self.dtype):
             raw = self._raw()
-            if raw.dtype.kind != "f":
+            if raw.dtype.name not in ("float16", "float32", "float64"):  # ml_dtypes' own
                 raw = raw.astype(np.float64 if bits(self.dtype) > 32 else np.float32)
             return torch.from_numpy(np.array(raw)).to(dtype)
         array = self.array()
@@ -222,8 +226,8 @@ def pack_bits(array: np.ndarray, dtype: str) -> np.ndarray:
     flat = array.reshape(-1)
     codes = flat.astype(np.int8).view(np.uint8) if dtype[0] in "iu" else flat.view(np.uint8)
     codes = codes & np.uint8((1 << width) - 1)
-    codes = np.pad(codes, (0, -len(codes) % per)).reshape(-1, per)
-    out = np.zeros(len(codes), np.uint8)
+    rows = np.pad(codes, (0, -len(codes) % per)).reshape(-1, per)
+    out = np.zeros(len(rows), np.uint8)
     for i in range(per):
-        out |= codes[:, i] << np.uint8(i * width)
+        out |= rows[:, i] << np.uint8(i * width)
     return out

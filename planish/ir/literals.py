@@ -138,11 +138,11 @@ def decode_elements(words: Sequence[str], dtype: str, wide: bool) -> np.ndarray:
 def _decode_floats(words: Sequence[str], dtype: np.dtype[Any]) -> np.ndarray:
     import numpy as np
 
-    plain = np.array([0.0 if "x" in word else float(word) for word in words], np.float64)
+    plain = np.array([0.0 if word.startswith("0x") else float(word) for word in words], np.float64)
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         array = plain.astype(dtype)
     for i, word in enumerate(words):
-        if "x" in word:
+        if word.startswith("0x"):
             try:
                 array.view(_UNSIGNED[dtype.itemsize])[i] = int(word, 16)
             except OverflowError as error:

@@ -2,7 +2,8 @@
 
 A symbolic dim is a string that reads as an integer expression of names: `batch`, `2*seq + 1`,
 `(seq//4)`. Results are printed in one normal form, so that equal sums of products are equal strings.
-A name that does not read as an expression (`seq len`, `batch-size`) is one atom.
+A name that does not read as an expression (`seq len`, `batch-size`) equals itself, and what is computed
+from it is unknown.
 """
 
 from __future__ import annotations
@@ -83,14 +84,25 @@ def _floor(one: _Polynomial, two: _Polynomial) -> str:
     return f"({parts[0]}//{parts[1]})"
 
 
-@lru_cache(maxsize=4096)
-def _parsed(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
+def _read(text: str) -> _Polynomial | None:
+    """The polynomial that a text reads as, None if it is no expression."""
     if _EXPRESSION.fullmatch(text) and not _HYPHEN.search(text):
         try:
-            return tuple(_walk(ast.parse(text, mode="eval").body).items())
+            return _walk(ast.parse(text, mode="eval").body)
         except (SyntaxError, ValueError, RecursionError):
-            pass
-    return (((text,), 1),)
+            return None
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> tuple[tuple[tuple[str, ...], int], ...]:
+    polynomial = _read(text)
+    return tuple(polynomial.items()) if polynomial is not None else (((text,), 1),)
+
+
+@lru_cache(maxsize=4096)
+def _reads_back(name: str) -> bool:
+    return _read(name) == {(name,): 1}
 
 
 def _polynomial(dim: int | str) -> _Polynomial:
@@ -119,7 +131,10 @@ def _dim(polynomial: _Polynomial) -> Dim:
     if set(polynomial) == {()}:
         return polynomial[()]
     text = _text(polynomial)
-    return text if len(text) <= _LONGEST else None
+    names = {name for factors in polynomial for name in factors}
+    if names != {text} and not all(_reads_back(name) for name in names):
+        return None  # printed, it would read as something else
+    return text if len(text) <= _LONGEST or names == {text} else None
 
 
 def add(one: Dim, two: Dim) -> Dim:

@@ -148,7 +148,10 @@ class TensorType:
 
         if self.shape is None:
             return f"{self.dtype}[*]"
-        dims = ("?" if d is None else str(d) if isinstance(d, int) or _SYMBOL.match(d) else quote(d) for d in self.shape)
+        dims = (
+            "?" if d is None else str(d) if isinstance(d, int) or _SYMBOL.match(d) else quote(d)
+            for d in self.shape
+        )
         return f"{self.dtype}[{', '.join(dims)}]"
 
 

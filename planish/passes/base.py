@@ -97,8 +97,11 @@ class Context:
         """Tell the statistics that a space was transformed."""
         if self.stats is None:
             return
+        whole = {id(m.value) for m in space.activations if len(m.axes) == 1}
         for member in space.activations:
             assert member.value is not None and member.value.rank is not None
+            if len(member.axes) > 1 and id(member.value) in whole:
+                continue  # tied to the member on one of these axes
             self.stats.transform(
                 member.value.name, member.value.rank, member.axes, transform, member.atoms, member.variance
             )

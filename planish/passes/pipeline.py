@@ -22,6 +22,7 @@ from planish.passes.base import Pass
 # name in pipelines: (module, class); a module is imported when its pass is first used
 REGISTRY: dict[str, tuple[str, str]] = {
     "fold-constants": ("planish.passes.fold_constants", "FoldConstants"),
+    "name-constants": ("planish.passes.name_constants", "NameConstants"),
     "raise-activations": ("planish.passes.raise_activations", "RaiseActivations"),
     "raise-norms": ("planish.passes.raise_norms", "RaiseNorms"),
     "raise-linear": ("planish.passes.raise_linear", "RaiseLinear"),
@@ -32,10 +33,11 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "shift-channels": ("planish.passes.shift_channels", "ShiftChannels"),
     "scale-channels": ("planish.passes.scale_channels", "ScaleChannels"),
     "quantize": ("planish.passes.quantize", "Quantize"),
+    "lower": ("planish.codegen.lower", "Lower"),
 }
 # a name that stands for several passes
 GROUPS: dict[str, str] = {
-    "raise": "fold-constants,raise-activations,raise-norms,raise-linear,raise-attention",
+    "raise": "fold-constants,name-constants,raise-activations,raise-norms,raise-linear,raise-attention",
 }
 
 

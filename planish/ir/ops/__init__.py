@@ -13,10 +13,24 @@ from typing import Any
 from planish.ir.errors import PlanishError, nearest
 from planish.ir.ops.base import OpDef
 
-FAMILIES = ("elementwise", "arithmetic", "structural", "contraction", "normalisation", "reduction", "attention", "quantization")
+FAMILIES = (
+    "elementwise",
+    "arithmetic",
+    "structural",
+    "sizes",
+    "selection",
+    "indexing",
+    "contraction",
+    "convolution",
+    "normalisation",
+    "reduction",
+    "attention",
+    "quantization",
+)
 
 _table: dict[str, OpDef] = {}
 _opaque: dict[str, OpDef] = {}
+_complete: list[bool] = []
 
 
 def register(row: OpDef) -> OpDef:
@@ -29,9 +43,10 @@ def register(row: OpDef) -> OpDef:
 
 def table() -> Mapping[str, OpDef]:
     """All rows by name, in the order of the families."""
-    if not _table:
+    if not _complete:  # a family imported on its own leaves the table incomplete
         for family in FAMILIES:
             import_module(f"planish.ir.ops.{family}")
+        _complete.append(True)
     return _table
 
 

@@ -50,9 +50,7 @@ def bias_site(node: Node, port: Port, size: Dim) -> Site | Block:
     return Site(port, ("n",), (size,), grow=(size,), neutral=0.0 if bias is None else None)
 
 
-def affine(
-    node: Node, sites: Mapping[Port, Site], bias_port: Port, act: Act, port: Port, axes: Axes
-) -> Relation:
+def affine(node: Node, sites: Mapping[Port, Site], bias_port: Port, act: Act, port: Port, axes: Axes) -> Relation:
     """A contraction of operands 0 and 1 plus a bias of label n, apart from shifts of the operands."""
     result = sites[-1]
     bias = bias_site(node, bias_port, result.dim("n"))
@@ -98,5 +96,6 @@ def is_constant(value: Value | None) -> bool:
 
 def wide(value: Value | None) -> np.ndarray:
     """The data of a constant operand in float64."""
-    assert value is not None and value.constant is not None
+    assert value is not None
+    assert value.constant is not None
     return value.constant.wide()

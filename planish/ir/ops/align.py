@@ -185,9 +185,7 @@ def seen(node: Node, asker: Port, axes: Axes, port: Port) -> Seen | Block:
         return Block("an operand's size along the axis is unknown")
     inner = tuple(axis for axis, their, dim in zip(axes, theirs, dims, strict=True) if their == dim)
     link_axes = tuple(
-        place
-        for place, their, dim in zip(places, theirs, dims, strict=True)
-        if their == dim and place is not None
+        place for place, their, dim in zip(places, theirs, dims, strict=True) if their == dim and place is not None
     )
     constant = _constant(value)
     if len(inner) == len(axes):
@@ -196,9 +194,7 @@ def seen(node: Node, asker: Port, axes: Axes, port: Port) -> Seen | Block:
     if not inner:
         return Seen(port, Kind.NONE, Link(port, ()), grown, (), constant)
     other_dims = [dim if their == dim else 1 for their, dim in zip(theirs, dims, strict=True)]
-    return Seen(
-        port, Kind.PART, Link(port, link_axes, pairs=tie_pairs(dims, other_dims)), grown, inner, constant
-    )
+    return Seen(port, Kind.PART, Link(port, link_axes, pairs=tie_pairs(dims, other_dims)), grown, inner, constant)
 
 
 def _constant(value: Value) -> Constant | None:

@@ -50,9 +50,7 @@ _NONLINEAR = (Act.ROTATE, Act.LINEAR)
 # -- types ----------------------------------------------------------------------------------------
 
 
-def _broadcast_type(
-    node: Node, operands: Sequence[int] | None = None, dtype: str | None = None
-) -> Sequence[Type]:
+def _broadcast_type(node: Node, operands: Sequence[int] | None = None, dtype: str | None = None) -> Sequence[Type]:
     """All present operands broadcast; the dtype of the first tensor among `operands`, or `dtype`."""
     present = [v for v in node.operands if v is not None]
     if dtype is None:
@@ -78,9 +76,7 @@ def _operands(node: Node) -> list[Port]:
     return [index for index, operand in enumerate(node.operands) if operand is not None]
 
 
-def join(
-    node: Node, act: Act, port: Port, axes: Axes, ports: Sequence[Port], *, positive: bool = False
-) -> Relation:
+def join(node: Node, act: Act, port: Port, axes: Axes, ports: Sequence[Port], *, positive: bool = False) -> Relation:
     """All of `ports` carry the same transform as the asker, which is one of them.
 
     Right for PERMUTE with every elementwise op, for the linear acts with a sum, and for SCALE and SHIFT
@@ -89,9 +85,7 @@ def join(
     axes = wider(asked_dims(node, port, axes), axes)
     found = see_all(node, port, axes, ports)
     if isinstance(found, Block):
-        return (
-            found if act is not Act.PERMUTE or any(d != 1 for d in asked_dims(node, port, axes)) else Carry()
-        )
+        return found if act is not Act.PERMUTE or any(d != 1 for d in asked_dims(node, port, axes)) else Carry()
     links: list[Link] = []
     walls: set[int] = set()
     for seen in found:
@@ -213,12 +207,7 @@ def _vector_channels(node: Node) -> Sequence[tuple[Port, Axes]]:
     if rank is None:
         return sites
     for operand in node.operands:
-        if (
-            operand is None
-            or not operand.is_constant
-            or operand.dtype not in WIDE_FLOATS
-            or operand.shape is None
-        ):
+        if operand is None or not operand.is_constant or operand.dtype not in WIDE_FLOATS or operand.shape is None:
             continue
         wide = [axis for axis, dim in enumerate(operand.shape) if dim != 1]
         if len(wide) == 1:
@@ -393,9 +382,7 @@ _row(
     _evaluator(_mod),
     "z = x mod y, of the sign of y (of x with `fmod`)",
     attributes={"fmod": False},
-    conservative=conservative(
-        (Act.SCALE,), (0, 1, -1), "both operands may be scaled alike; no model needs it"
-    ),
+    conservative=conservative((Act.SCALE,), (0, 1, -1), "both operands may be scaled alike; no model needs it"),
 )
 for _name, _function, _sign in (
     ("equal", torch.eq, "=="),
@@ -411,12 +398,9 @@ for _name, _function, _sign in (
         infer=_bool_type,
         conservative=conservative((Act.SCALE, Act.SHIFT), (0, 1), _BOTH_SIDES),
     )
-for _name, _function, _sign in (
-    ("logical_and", torch.logical_and, "and"),
-    ("logical_or", torch.logical_or, "or"),
-    ("logical_xor", torch.logical_xor, "xor"),
-):
-    _row(_name, _plain(_function), f"z = x {_sign} y", infer=_bool_type)
+_row("logical_and", _plain(torch.logical_and), "z = x and y", infer=_bool_type)
+_row("logical_or", _plain(torch.logical_or), "z = x or y", infer=_bool_type)
+_row("logical_xor", _plain(torch.logical_xor), "z = x xor y", infer=_bool_type)
 _row(
     "clip",
     _plain(_clip),

@@ -1,11 +1,12 @@
 """Attention and rotary embeddings.
 
-    attention       o[b, h, t, e] = sum_s softmax_s(scale q[b, h, t, :] . k[b, h', s, :] + mask) v[b, h', s, e]
+    attention       o[b, h, t] = sum_s softmax_s(scale q[b, h, t] . k[b, h', s] + mask) v[b, h', s]
                     with h' = h // (H / Hk): several query heads share a key and value head
     rope            y = x * cos + rotate(x) * sin: pairs of channels (j, j + d/2) turn by an angle each
 
-Queries and keys are dual on d, each key head by itself. The rows of the softmax sum to 1, so whatever linear map or
-shift v carries on e shows unchanged on the result.
+Queries and keys are dual on d, each key head by itself. The rows of the softmax sum to 1, so whatever
+linear map or shift v carries on e shows unchanged on the result. With `safe`, a row whose scores are all
+-inf gives 0 rather than NaN (torch's scaled_dot_product_attention), and a shift does not pass.
 """
 
 from __future__ import annotations
@@ -60,9 +61,7 @@ def _attention_infer(node: Node) -> Sequence[Type]:
     q, k, v = shapes
     check_inner(node, q[3], k[3])
     if isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1]:
-        raise InvalidModelError(
-            f"attention: {q[1]} query heads cannot share {k[1]} key heads", where="attention"
-        )
+        raise InvalidModelError(f"attention: {q[1]} query heads cannot share {k[1]} key heads", where="attention")
     batch = broadcast_dim(q[0], broadcast_dim(k[0], v[0]))
     return (like(node.operand(0), (batch, q[1], q[2], v[3])),)
 
@@ -79,7 +78,10 @@ def _attention_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequ
     if flag(node, "causal"):
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
-    return (torch.softmax(scores, -1) @ v,)
+    weights = torch.softmax(scores, -1)
+    if flag(node, "safe"):
+        weights = weights.masked_fill(weights.isnan(), 0.0)
+    return (weights @ v,)
 
 
 _LABELS = {0: "bhtd", 1: "bhsd", 2: "bhse", -1: "bhte", 3: "bhts"}
@@ -117,6 +119,8 @@ def _attention_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
             return Block("a shift changes the scores")
         if port == -1 and "t" in labels and not channel:
             return Block("its rows are weighted sums of the same values")
+        if flag(node, "safe") and 3 in sites:
+            return Block("a row that is masked throughout is zero")
     elif not channel and act is Act.PERMUTE:
         return _attention_permute(node, sites, asker, axes)
     elif not channel and act is not Act.SCALE:
@@ -149,7 +153,7 @@ def _attention_permute(node: Node, sites: dict[Port, Site], asker: Site, axes: A
     labels = {asker.labels[a] for a in axes}
     if flag(node, "causal") and labels & {"t", "s"}:
         return Block("a causal mask fixes the order of the rows")
-    if "h" in labels and sites[0].dim("h") != sites[1].dim("h"):
+    if "h" in labels and sites[1].dim("h") not in (sites[0].dim("h"), 1):
         return Block("query heads share key heads")
     links = []
     for site in sites.values():
@@ -179,7 +183,7 @@ attention = register(
         _attention_channels,
         family="attention",
         summary="o[b, h, t] = sum_s softmax_s(scale q[b, h, t] . k[b, h', s] + mask) v[b, h', s], h' = h // (H / Hk)",
-        attributes={"scale": None, "causal": False},
+        attributes={"scale": None, "causal": False, "safe": False},
     )
 )
 
@@ -270,7 +274,7 @@ rope = register(
         _rope_evaluate,
         _rope_relate,
         family="attention",
-        summary="x * cos + rotate(x) * sin; rotate(x) = (-x2, x1), halves of the last axis or every other channel",
+        summary="x * cos + rotate(x) * sin; rotate(x) = (-x2, x1): halves of the last axis, or pairs in it",
         attributes={"interleaved": False},
     )
 )

@@ -197,7 +197,9 @@ class OpDef:
         family: the file of the row, for the documentation.
         summary: the equation, for the documentation.
         conservative: the absent (act, port role) moves for which the algebra would allow more, with why.
-        signature: attribute names and defaults.
+        attributes: attribute names and defaults.
+        beyond: the acts for which `relate` looks at more than the types of the ports, the attributes, the data
+            of integer constants and of constants of at most 16 elements, and which operands are one value.
     """
 
     name: str
@@ -212,6 +214,7 @@ class OpDef:
     summary: str = ""
     conservative: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    beyond: frozenset[Act] = frozenset()
 
     @property
     def short(self) -> str:

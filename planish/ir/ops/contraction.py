@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import torch
 
+import planish.ir.ops.convolution  # noqa: F401 (registers its rows)
 from planish.ir.errors import InvalidModelError
 from planish.ir.graph import Node, Value
-import planish.ir.ops.convolution
 from planish.ir.ops import register
 from planish.ir.ops.affine import (
     UNKNOWN_RANK,
@@ -31,8 +31,8 @@ from planish.ir.ops.affine import (
     static,
     wide,
 )
-from planish.ir.ops.align import attribute
-from planish.ir.ops.base import Act, Axes, Block, Carry, Fold, OpDef, Param, Port, Relation, Wide
+from planish.ir.ops.align import attribute, numeric
+from planish.ir.ops.base import INVISIBLE, Act, Axes, Block, Carry, Fold, OpDef, Param, Port, Relation, Wide
 from planish.ir.ops.labels import (
     Site,
     broadcast_dims,
@@ -97,21 +97,19 @@ def rows_sum_to_one(value: Value | None) -> bool:
 
 def _matmul_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     sites = _matmul_sites(node)
-    if sites is None:
-        return UNKNOWN_RANK
+    refused = numeric(node, act, port)
+    if sites is None or refused is not None:
+        return refused or UNKNOWN_RANK
     if act is not Act.SHIFT:
         return contract(act, sites, port, axes)
     asker = sites[port]
     labels = {asker.labels[a] for a in axes}
     if "k" in labels or port == 0:
         return Block(NO_BIAS)
-    if "n" not in labels:
-        return Block("it sums a shift of its rows with weights")
     if not rows_sum_to_one(node.operand(0)):
         return Block("the rows of its first operand do not sum to 1")
-    partner = sites[-1 if port == 1 else 1]
-    link = link_between(asker, axes, partner)
-    return link if isinstance(link, Block) else Carry((link,) if link is not None else ())
+    link = link_between(asker, axes, sites[-1 if port == 1 else 1])
+    return carry(link) if link is not None else Block("its other operand has no such axis")
 
 
 def _matmul_channels(node: Node) -> Sequence[tuple[Port, Axes]]:
@@ -130,6 +128,7 @@ matmul = register(
         _matmul_evaluate,
         _matmul_relate,
         _matmul_channels,
+        beyond=frozenset({Act.SHIFT}),  # rows that sum to one, by their producer
         family="contraction",
         summary="y[.., m, n] = sum_k a[.., m, k] b[.., k, n]",
         conservative={
@@ -179,8 +178,9 @@ def _linear_sites(node: Node) -> dict[Port, Site] | None:
 
 def _linear_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     sites = _linear_sites(node)
-    if sites is None:
-        return UNKNOWN_RANK
+    refused = numeric(node, act, port)
+    if sites is None or refused is not None:
+        return refused or UNKNOWN_RANK
     if act is Act.SHIFT and port == 0 and len(sites[0].dims) - 1 in axes:
         return folds_shift(node, axes, len(sites[0].dims) - 1, 1, 2)
     return affine(node, sites, 2, act, port, axes)
@@ -223,9 +223,7 @@ def _gemm_infer(node: Node) -> Sequence[Type]:
     a, b = tensor_type(node.operand(0)), tensor_type(node.operand(1))
     if a is None:
         return (UNKNOWN,)
-    if (a.shape is not None and len(a.shape) != 2) or (
-        b is not None and b.shape is not None and len(b.shape) != 2
-    ):
+    if (a.shape is not None and len(a.shape) != 2) or (b is not None and b.shape is not None and len(b.shape) != 2):
         raise InvalidModelError("gemm: expected two matrices", where=f"gemm of {a} and {b}")
     rows, inner = (None, None) if a.shape is None else a.shape
     other, columns = (None, None) if b is None or b.shape is None else b.shape
@@ -281,8 +279,9 @@ def _gemm_grown(node: Node, addend: Site, label: str, dims: tuple[Dim, ...]) -> 
 
 def _gemm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     sites = _gemm_sites(node)
-    if sites is None:
-        return UNKNOWN_RANK
+    refused = numeric(node, act, port)
+    if sites is None or refused is not None:
+        return refused or UNKNOWN_RANK
     result = sites[-1]
     addend = _gemm_addend(node, result.dims)
     if isinstance(addend, Block):
@@ -297,11 +296,11 @@ def _gemm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
             return Block("its bias counts for nothing (beta is 0)")
         if port == 0 and "k" in labels:
             return folds_shift(node, axes, asker.labels.index("k"), 1, 2)
-        if port != -1 or labels != {"n"}:
+        if port != -1:
             return Block("a shift does not reach its result as a shift")
         if c is None or c.is_constant:
             return Fold((2,))
-        if number(node, "beta") != 1.0 or addend.dims != result.dims[2 - len(addend.dims) :]:
+        if number(node, "beta") != 1.0 or any(addend.dim(k) != result.dim(k) for k in labels):
             return Block("its addend is an activation that is scaled or broadcast")
         return carry(link_between(result, axes, addend))
     relation = contract(act, sites, port, axes)
@@ -309,9 +308,7 @@ def _gemm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         return relation
     if port != -1 and all(link.port != -1 for link in relation.links):
         return relation
-    effective = [
-        k for k in ("m", "n") if k in labels and any(k in sites[s.port].labels for s in relation.links)
-    ]
+    effective = [k for k in ("m", "n") if k in labels and any(k in sites[s.port].labels for s in relation.links)]
     for label in effective:
         if act is Act.PERMUTE and not addend.spans(label):
             continue
@@ -322,17 +319,19 @@ def _gemm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     return with_addend(relation, act, asker, axes, addend, absent=False)
 
 
-def _gemm_addend_relate(
-    node: Node, act: Act, sites: Mapping[Port, Site], addend: Site, axes: Axes
-) -> Relation:
+def _gemm_addend_relate(node: Node, act: Act, sites: Mapping[Port, Site], addend: Site, axes: Axes) -> Relation:
     result = sites[-1]
     labels = {addend.labels[a] for a in axes}
-    if any(addend.dim(k) != result.dim(k) for k in labels) or len(labels) > 1:
+    if number(node, "beta") == 0.0:
+        return INVISIBLE
+    if any(addend.dim(k) != result.dim(k) for k in labels):
         return Block("its addend is broadcast there")
     if act is Act.SHIFT:
         if number(node, "beta") != 1.0:
             return Block("its addend is scaled by beta")
         return carry(link_between(addend, axes, result))
+    if len(labels) > 1:
+        return Block("its rows and columns come from different operands")
     factor = sites[1] if labels == {"n"} else sites[0]
     return carry(link_between(addend, axes, result), link_between(addend, axes, factor))
 
@@ -342,7 +341,8 @@ def _gemm_fold(node: Node, act: Act, port: Port, axes: Axes, t: np.ndarray) -> M
     old = wide(c) if c is not None else np.zeros(())
     beta = number(node, "beta")
     if port == -1:
-        return {2: old + t.reshape(-1) / beta}
+        shape = [t.shape[axes.index(a)] if a in axes else 1 for a in (0, 1)]
+        return {2: old + t.reshape(shape[min(axes) :]) / beta}
     b = wide(node.operand(1))
     moved = t.reshape(-1) @ (b.T if flag(node, "trans_b") else b)
     return {2: old - moved * (number(node, "alpha") / beta)}

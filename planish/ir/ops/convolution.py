@@ -3,9 +3,10 @@
     conv            y[b, m, i] = sum_{c, j} x[b, c, i + j] weight[m, c, j] + bias[m]
     conv_transpose  y[b, m, i + j] += x[b, c, i] weight[c, m, j];  + bias[m]
 
-With groups, output channel m reads only the input channels of its own group; then the channels of a group must
-stay together, and only scales pass. A depthwise conv (one channel a group, one output each) keeps channels apart:
-a permutation joins input, kernel, bias and result, and a scale may ride on the kernel or pass to the result.
+With groups, output channel m reads only the input channels of its own group; then the channels of a
+group must stay together, and only scales pass. A depthwise conv (one channel a group, one output each)
+keeps channels apart: a permutation joins input, kernel, bias and result, and a scale may ride on the
+kernel or pass to the result.
 """
 
 from __future__ import annotations
@@ -102,10 +103,7 @@ def _conv_infer(node: Node) -> Sequence[Type]:
         if not isinstance(size, int) or not isinstance(kernel, int):
             keeps = window.strides[axis] == 1 and (
                 window.auto_pad.startswith("same")
-                or (
-                    isinstance(kernel, int)
-                    and sum(window.padding(1, kernel, axis)) == window.span(kernel, axis) - 1
-                )
+                or (isinstance(kernel, int) and sum(window.padding(1, kernel, axis)) == window.span(kernel, axis) - 1)
             )
             dims.append(size if keeps else None)
             continue
@@ -121,9 +119,7 @@ def _conv_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[
     if any(a != b for a, b in pads):
         x = torch.nn.functional.pad(x, [p for pair in reversed(pads) for p in pair])
         pads = [(0, 0)] * window.spatial
-    function = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[
-        window.spatial - 1
-    ]
+    function = (torch.nn.functional.conv1d, torch.nn.functional.conv2d, torch.nn.functional.conv3d)[window.spatial - 1]
     y = function(x, weight, bias, window.strides, tuple(a for a, _ in pads), window.dilations, window.groups)
     return (y,)
 
@@ -171,6 +167,9 @@ def _relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         return affine(node, sites, 2, act, port, axes)
     if port in (0, -1) and 1 not in axes:
         return affine(node, sites, 2, act, port, axes)
+    if act is Act.SCALE and axes == (0, 1) and port in (0, -1) and node.operand(2) is None:
+        if sites[0].dims[1] == integer(node, "groups") == sites[-1].dims[1]:
+            return Carry((Link(~port, axes),))
     if axes != channels[port] or act is Act.SHIFT:
         return Block("with groups, only the channel axis by itself may change")
     return _grouped(node, sites, act, port, axes)
@@ -179,11 +178,7 @@ def _relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
 def _grouped(node: Node, sites: Mapping[Port, Site], act: Act, port: Port, axes: Axes) -> Relation:
     groups = integer(node, "groups")
     weight, channels, outer = sites[1].dims, sites[0].dims[1], sites[-1].dims[1]
-    if (
-        not isinstance(channels, int)
-        or not isinstance(outer, int)
-        or not all(isinstance(d, int) for d in weight)
-    ):
+    if not isinstance(channels, int) or not isinstance(outer, int) or not all(isinstance(d, int) for d in weight):
         return Block("with groups, it needs static dims")
     shape = tuple(d for d in weight if isinstance(d, int))
     depthwise = channels == groups == outer
@@ -277,9 +272,7 @@ def _transpose_window(node: Node, sizes: Sequence[Dim], kernels: Sequence[Dim]) 
         stride = window.strides[axis]
         full = stride * (size - 1) + extra[axis] + window.span(kernel, axis)
         if wanted is None and not window.auto_pad.startswith("same"):
-            begin, end = (
-                (0, 0) if window.auto_pad == "valid" else (window.pads[axis], window.pads[axis + spatial])
-            )
+            begin, end = (0, 0) if window.auto_pad == "valid" else (window.pads[axis], window.pads[axis + spatial])
             found.append((full - begin - end, begin, end))
             continue
         target = size * stride if wanted is None else wanted[axis]
@@ -308,9 +301,7 @@ def _transpose_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequ
     spatial = x.dim() - 2
     window = Window(node, spatial)
     functional = torch.nn.functional
-    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[
-        spatial - 1
-    ]
+    function = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[spatial - 1]
     y = function(x, weight, None, window.strides, 0, 0, window.groups, window.dilations)
     sizes = _transpose_window(node, tuple(x.shape[2:]), tuple(weight.shape[2:]))
     for axis, (size, begin, _) in enumerate(sizes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,7 +14,7 @@ from planish.ir.graph import Node
 from planish.ir.ops import register
 from planish.ir.ops.align import attribute, conservative, numeric
 from planish.ir.ops.base import Act, Axes, Block, Carry, Link, OpDef, Param, Port, Relation, Wide
-from planish.ir.types import UNKNOWN, WIDE_FLOATS, TensorType, Type, is_float
+from planish.ir.types import UNKNOWN, WIDE_FLOATS, TensorType, Type, is_float, numpy_dtype
 
 UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # torch computes little with them
 BENDS = "it bends each channel by itself"
@@ -130,14 +131,10 @@ _unary(
     attributes={"alpha": 0.01},
 )
 _unary("elu", F.elu, "y = x for x > 0, alpha (exp(x) - 1) below", attributes={"alpha": 1.0})
-_unary(
-    "gelu", _gelu, "y = x Phi(x), Phi the normal distribution function", attributes={"approximate": "none"}
-)
+_unary("gelu", _gelu, "y = x Phi(x), Phi the normal distribution function", attributes={"approximate": "none"})
 _unary("silu", F.silu, "y = x sigmoid(x)")
 _unary("sigmoid", torch.sigmoid, "y = 1 / (1 + exp(-x))")
-_unary(
-    "hard_sigmoid", _hard_sigmoid, "y = clip(alpha x + beta, 0, 1)", attributes={"alpha": 0.2, "beta": 0.5}
-)
+_unary("hard_sigmoid", _hard_sigmoid, "y = clip(alpha x + beta, 0, 1)", attributes={"alpha": 0.2, "beta": 0.5})
 _unary("hard_swish", _hard_swish, "y = x clip(x / 6 + 1/2, 0, 1)")
 _unary("tanh", torch.tanh, "y = tanh(x)")
 _unary("erf", torch.erf, "y = erf(x)")
@@ -186,7 +183,13 @@ register(
 # -- cast -----------------------------------------------------------------------------------------
 
 _SUB_BYTE = {"u4": 4, "i4": 4, "u2": 2, "i2": 2}
-_NARROW_LIMITS = {"f8e4m3fn": 448.0, "f8e4m3fnuz": 240.0, "f8e5m2": 57344.0, "f8e5m2fnuz": 57344.0}
+_NARROW_LIMITS = {
+    "f8e4m3fn": 448.0,
+    "f8e4m3fnuz": 240.0,
+    "f8e5m2": 57344.0,
+    "f8e5m2fnuz": 57344.0,
+    "f4e2m1": 6.0,
+}
 
 
 def _infer_cast(node: Node) -> Sequence[Type]:
@@ -197,6 +200,8 @@ def _infer_cast(node: Node) -> Sequence[Type]:
 def _evaluate_cast(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
     (x,) = operands
     to = str(attribute(node, "to"))
+    if to == "str" or not isinstance(x, torch.Tensor):
+        raise PlanishError("cast: strings are not supported", where=str(node))
     if to in _SUB_BYTE:
         width = _SUB_BYTE[to]
         codes = widened(x).to(torch.int64) & ((1 << width) - 1)
@@ -204,17 +209,23 @@ def _evaluate_cast(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[
             half = 1 << (width - 1)
             return (((codes ^ half) - half).to(torch.int8),)
         return (codes.to(torch.uint8),)
-    try:
-        target = wide.of(to)
-    except KeyError:
-        raise PlanishError(f"cast: torch cannot hold dtype {to}", where=str(node)) from None
-    if target == x.dtype:
-        return (x,)
-    if to in _NARROW_LIMITS and attribute(node, "saturate") and not (wide.dtype is not None and is_float(to)):
-        x = x.to(torch.float32).clamp(-_NARROW_LIMITS[to], _NARROW_LIMITS[to])
-    elif target in UNSIGNED and x.is_floating_point():
+    if is_float(to) and wide.dtype is None and to not in WIDE_FLOATS:
+        return (_rounded(node, x, to).to(wide.of(to)),)
+    target = wide.of(to)
+    if target in UNSIGNED and x.is_floating_point():
         x = x.to(torch.int64)
     return (x.to(target),)
+
+
+def _rounded(node: Node, x: torch.Tensor, to: str) -> torch.Tensor:
+    """The nearest values of an 8- or 4-bit float; torch's own casts saturate in some dtypes only."""
+    if to not in _NARROW_LIMITS:
+        raise PlanishError(f"cast: rounding to dtype {to} is not supported", where=str(node))
+    array = x.to(torch.float64 if x.dtype is torch.float64 else torch.float32).numpy()
+    if attribute(node, "saturate") or to == "f4e2m1":
+        array = np.clip(array, -_NARROW_LIMITS[to], _NARROW_LIMITS[to])
+    with np.errstate(invalid="ignore", over="ignore"):
+        return torch.from_numpy(array.astype(numpy_dtype(to)).astype(np.float32))
 
 
 def _relate_cast(node: Node, act: Act, port: Port, axes: Axes) -> Relation:

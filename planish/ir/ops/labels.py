@@ -1,8 +1,8 @@
 """Contractions by labels: which axis of one port is which axis of another.
 
-A `Site` gives each axis of a port a label, as an einsum does: `x[b0, k], weight[n, k] -> result[b0, n]`. An axis
-that meets no other port has a label of its own. From the labels alone follow the links between ports
-(`link_between`) and what a contraction does with a linear act (`contract`).
+A `Site` gives each axis of a port a label, as an einsum does: `x[b0, k], weight[n, k] -> result[b0, n]`.
+An axis that meets no other port has a label of its own. From the labels alone follow the links between
+ports (`link_between`) and what a contraction does with a linear act (`contract`).
 
     y[.., m, n] = sum_k a[.., m, k] b[.., k, n]
 
@@ -46,7 +46,7 @@ def integers(node: Node, name: str) -> tuple[int, ...]:
     if value is None:
         return ()
     assert isinstance(value, tuple)
-    return tuple(int(v) for v in value)  # type: ignore[arg-type]
+    return tuple(int(v) for v in value)
 
 
 def tensor_type(value: Value | None) -> TensorType | None:
@@ -119,9 +119,9 @@ def link_between(
 ) -> Link | Block | None:
     """The link from `axes` of the asker to the same labels of another port.
 
-    Labels that the asker spans and the other port does not are tied; so are atoms of `grouped` labels, of which
-    one port may have a whole multiple of the other's (query heads that share a key head). None: the other port
-    spans none of the axes.
+    Labels that the asker spans and the other port does not are tied; so are atoms of `grouped` labels,
+    of which one port may have a whole multiple of the other's (query heads that share a key head).
+    None: the other port spans none of the axes.
     """
     sizes = {asker.labels[a]: asker.dims[a] for a in axes}
     wide = {label for label, n in sizes.items() if n != 1}
@@ -153,9 +153,7 @@ def link_between(
     zero = np.zeros(grid.shape[1], np.int64)
     mine_at = np.ravel_multi_index([place.get(k, zero) for k in sizes], full)
     at = [own.index(k) for k in shared]
-    theirs_at = np.ravel_multi_index(
-        [grid[i] * m // grid_dims[i] for i, m in zip(at, theirs, strict=True)], theirs
-    )
+    theirs_at = np.ravel_multi_index([grid[i] * m // grid_dims[i] for i, m in zip(at, theirs, strict=True)], theirs)
     return replace(link, pairs=(mine_at, theirs_at))
 
 
@@ -218,9 +216,7 @@ def _batch(act: Act, asker: Site, axes: Axes, others: list[Site]) -> Relation:
     return OneOf(tuple(options), "its other factor took the transform")
 
 
-def with_addend(
-    relation: Relation, act: Act, asker: Site, axes: Axes, addend: Site, absent: bool
-) -> Relation:
+def with_addend(relation: Relation, act: Act, asker: Site, axes: Axes, addend: Site, absent: bool) -> Relation:
     """A relation that reaches the result (or asks from it), for a result to which `addend` is added."""
     if not isinstance(relation, Carry) or absent:
         return relation

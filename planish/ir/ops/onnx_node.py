@@ -68,6 +68,8 @@ _CARRIED = {
     **dict.fromkeys(("i2", "i4"), "i8"),
 }
 
+_CARRIER = "_planish_carrier"  # what the names of these end with
+
 Runner = Callable[[Mapping[str, Any]], Sequence[Any]]
 Attempt = tuple[str, str | None]  # engine, dtype of the floats (None: each its own)
 
@@ -143,9 +145,10 @@ def _run(
     node: Node, operands: Sequence[Any], attempt: Attempt, signature: tuple[object, ...], memory: _Memory
 ) -> list[Any]:
     engine, dtype = attempt
-    names = [f"planish_in_{i}" if held is not None else "" for i, held in enumerate(operands)]
     captures = node.attributes.get("captures")
     inner = [str(c) for c in captures] if isinstance(captures, tuple) else []
+    prefix = _prefix(inner)
+    names = [f"{prefix}_in_{i}" if held is not None else "" for i, held in enumerate(operands)]
     explicit = len(names) - len(inner)
     names[explicit:] = inner
     arrays = {
@@ -175,6 +178,14 @@ def _run(
     return [None if _absent(value) else next(present) for value in node.results]
 
 
+def _prefix(captures: Iterable[str]) -> str:
+    """What the names in the model begin with: nothing that a subgraph knows by such a name."""
+    prefix = "planish"
+    while any(name.startswith(prefix) for name in captures):
+        prefix += "_"
+    return prefix
+
+
 def _absent(value: Value) -> bool:
     return not isinstance(value.type, TensorType) and value.type.text == "absent"
 
@@ -189,7 +200,7 @@ def _session_runner(model: onnx.ModelProto) -> Runner:
     )
 
     def run(arrays: Mapping[str, Any]) -> Sequence[Any]:
-        return session.run(None, {name: _carried(array) for name, array in arrays.items()})  # type: ignore[no-any-return]
+        return session.run(None, dict(_carried(*item) for item in arrays.items()))  # type: ignore[no-any-return]
 
     return run
 
@@ -229,13 +240,14 @@ def _model(
     for name, attribute in node.attributes.items():
         if name not in _ADDED:
             proto.attribute.append(onnx_attribute(name.removeprefix("onnx."), attribute))
+    prefix = _prefix(arrays)
     model = onnx.ModelProto(ir_version=IR_VERSION)
     graph = model.graph
     graph.name = "node"
     for name, array in arrays.items():
         kind = _element(array)
         if carried and kind in _CARRIED:
-            source = f"planish_carried_{name}"
+            source = name + _CARRIER
             graph.node.append(onnx.helper.make_node("Cast", [source], [name], to=onnx_enum(kind)))
             graph.input.add(name=source).type.tensor_type.elem_type = onnx_enum(_CARRIED[kind])
         elif isinstance(array, list):
@@ -245,15 +257,15 @@ def _model(
             graph.input.add(name=name).type.tensor_type.elem_type = onnx_enum(kind)
     for name, array in initialisers.items():
         graph.initializer.append(_tensor(Constant.of(array), name))
-    proto.output.extend("" if _absent(v) else f"planish_out_{i}" for i, v in enumerate(node.results))
+    proto.output.extend("" if _absent(v) else f"{prefix}_out_{i}" for i, v in enumerate(node.results))
     graph.node.append(proto)
     for name, value in zip(proto.output, node.results, strict=True):
         if not name:
             continue
         if carried and value.dtype in _CARRIED and not (dtype is not None and value.dtype in WIDE_FLOATS):
             carrier = onnx_enum(_CARRIED[value.dtype])
-            graph.node.append(onnx.helper.make_node("Cast", [name], [f"planish_carried_{name}"], to=carrier))
-            graph.output.add(name=f"planish_carried_{name}")
+            graph.node.append(onnx.helper.make_node("Cast", [name], [name + _CARRIER], to=carrier))
+            graph.output.add(name=name + _CARRIER)
         else:
             graph.output.add(name=name)
     model.functions.extend(_functions(node))
@@ -375,11 +387,12 @@ def _element(array: Any) -> str:
     return from_numpy_dtype(array.dtype)
 
 
-def _carried(array: Any) -> Any:
+def _carried(name: str, array: Any) -> tuple[str, Any]:
+    """An input as the session takes it."""
     if isinstance(array, list):
-        return [_carried(item) for item in array]
+        return name, [_carried(name, item)[1] for item in array]
     carrier = _CARRIED.get(_element(array))
-    return array if carrier is None else array.astype(numpy_dtype(carrier))
+    return (name, array) if carrier is None else (name + _CARRIER, array.astype(numpy_dtype(carrier)))
 
 
 def _held(result: Any, value: Value | None, wide: Wide) -> Any:

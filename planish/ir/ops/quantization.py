@@ -144,7 +144,10 @@ register(
         "dynamic_quantize", (Param("x"),), _dynamic_infer, _dynamic, _quantize_relate,
         attributes={"granularity": "tensor", "symmetric": False}, family="quantization",
         summary="codes, scale, zero from the range of x: of the tensor, or of each row",
-        conservative={"permute": "passes but for rows; nothing needs it yet"},
+        conservative={
+            "permute": "passes but for rows; nothing needs it yet",
+            "scale": "a factor for a whole row goes into the row's scale; nothing needs it yet",
+        },
     )
 )  # fmt: skip
 register(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from planish.ir.ops.align import Pairs, tie_pairs
 from planish.ir.ops.base import Axes, Block
@@ -24,7 +25,7 @@ UNIT = Block("the axis has size 1 and no place of its own")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Axes of both sides that hold the same elements; `known` is False for the rest that is not understood."""
+    """Axes of both sides that hold the same elements; not `known`: the rest that is not understood."""
 
     left: Axes
     right: Axes
@@ -45,11 +46,9 @@ def find_groups(left: Sequence[Dim], right: Sequence[Dim]) -> list[Group]:
     return front + rest + back[::-1]
 
 
-def _scan(
-    left: Sequence[Dim], right: Sequence[Dim], ours: Sequence[int], theirs: Sequence[int]
-) -> list[Group]:
+def _scan(left: Sequence[Dim], right: Sequence[Dim], ours: Sequence[int], theirs: Sequence[int]) -> list[Group]:
     """Groups from the start of two lists of axes, as far as they are understood."""
-    groups = []
+    groups: list[Group] = []
     i = j = 0
     while i < len(ours) and j < len(theirs):
         one, two = left[ours[i]], right[theirs[j]]
@@ -118,24 +117,19 @@ def carry_axes(
     return tuple(places), tie_pairs(asked_dims, other_dims)
 
 
-def _factors(
-    ours: Sequence[Dim], theirs: Sequence[Dim]
-) -> tuple[list[int], list[list[int]], list[list[int]]] | Block:
+def _factors(ours: Sequence[Dim], theirs: Sequence[Dim]) -> tuple[list[int], list[list[int]], list[list[int]]] | Block:
     """The common factors of two lists of dims with one product: their sizes, and those of each dim."""
     left, right = [d for d in ours if isinstance(d, int)], [d for d in theirs if isinstance(d, int)]
     if len(left) < len(ours) or len(right) < len(theirs):
         return DYNAMIC
     left_cuts, right_cuts = _cuts(left), _cuts(right)
     cuts = sorted({*left_cuts, *right_cuts}, reverse=True)
-    if any(big % small for big, small in zip(cuts, cuts[1:], strict=False)):
+    if any(big % small for big, small in pairwise(cuts)):
         return SHIFTS
-    sizes = [big // small for big, small in zip(cuts, cuts[1:], strict=False)]
+    sizes = [big // small for big, small in pairwise(cuts)]
 
     def members(own: list[int]) -> list[list[int]]:
-        return [
-            [f for f, cut in enumerate(cuts[:-1]) if big >= cut > small]
-            for big, small in zip(own, own[1:], strict=False)
-        ]
+        return [[f for f, cut in enumerate(cuts[:-1]) if big >= cut > small] for big, small in pairwise(own)]
 
     return sizes, members(left_cuts), members(right_cuts)
 

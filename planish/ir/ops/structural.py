@@ -1,4 +1,4 @@
-"""Ops that give the same elements another shape: reshape, transpose, expand; and shapes as values."""
+"""Ops that give the same elements another shape: reshape, transpose, expand."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
-from planish.ir.constant import Constant
 from planish.ir.errors import InvalidModelError
 from planish.ir.graph import Node, Value
 from planish.ir.ops import register
 from planish.ir.ops.align import (
-    LINEAR_ACTS,
     Kind,
     asked_dims,
     attribute,
@@ -44,8 +42,6 @@ from planish.ir.shapes import (
     floor_divide,
     known_ints,
     product,
-    static_ints,
-    subtract,
 )
 from planish.ir.types import UNKNOWN, Dim, Shape, TensorType, Type
 
@@ -80,9 +76,11 @@ def structural_row(
     relate: Callable[[Node, Act, Port, Axes], Relation],
     summary: str,
     attributes: Mapping[str, Any] | None = None,
+    *,
+    family: str = "structural",
     **extra: Any,
 ) -> OpDef:
-    extra.setdefault("family", "structural")
+    """Register a row whose operand 0 is the data that is moved."""
     return register(
         OpDef(
             name=name,
@@ -92,6 +90,7 @@ def structural_row(
             relate=relate,
             summary=summary,
             attributes=attributes or {},
+            family=family,
             **extra,
         )
     )
@@ -130,10 +129,10 @@ def _infer_reshape(node: Node) -> Sequence[Type]:
                 others.remove(None)  # a dim that is copied is the same on both sides
                 rest.remove(None)
         whole, part = product(rest), product(others)
-        if isinstance(whole, int) and isinstance(part, int) and (part == 0 or whole % part):
+        if isinstance(whole, int) and isinstance(part, int) and (whole % part if part else whole):
             raise InvalidModelError(f"reshape: {whole} elements do not fill {list(target)}", where=str(node))
         quotient = exact_quotient(whole, part)
-        dims[place] = quotient if quotient is not None else floor_divide(whole, part)
+        dims[place] = 0 if part == 0 else quotient if quotient is not None else floor_divide(whole, part)
     elif shape is not None:
         whole, part = product(shape), product(dims)
         if isinstance(whole, int) and isinstance(part, int) and whole != part:
@@ -154,7 +153,8 @@ def _evaluate_reshape(node: Node, operands: Sequence[Any], wide: Wide) -> Sequen
 
 def _named(left: Shape, right: Shape, copied: Sequence[int]) -> tuple[list[Dim], list[Dim]]:
     """The dims with unknown ones named, the same name where the reshape copies the dim."""
-    assert left is not None and right is not None
+    assert left is not None
+    assert right is not None
     ours: list[Dim] = [f"?{axis}" if dim is None else dim for axis, dim in enumerate(left)]
     theirs: list[Dim] = list(right)
     for axis in copied:
@@ -205,7 +205,8 @@ def _relate_flatten(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     if isinstance(ports, Block):
         return ports
     shape, target = operand_shape(node), node.result.shape
-    assert shape is not None and target is not None
+    assert shape is not None
+    assert target is not None
     axis = normal_axis(attribute(node, "axis"), len(shape))
     halves = ((range(axis), 0), (range(axis, len(shape)), 1))
     groups = [Group(tuple(a for a in side if shape[a] != 1), (place,)) for side, place in halves]
@@ -216,7 +217,7 @@ def _relate_flatten(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
 
 
 def _placed(places: Sequence[int | None], act: Act, port: Port, axes: Axes, dims: Sequence[int]) -> Relation:
-    """Axis i of the asker is axis places[i] of the other data port, None: an axis of size 1 that is dropped."""
+    """Axis i of the asker is axis places[i] of the other data port; None: it has size 1 and is dropped."""
     kept = [(axis, dim) for axis, dim in zip(axes, dims, strict=True) if places[axis] is not None]
     if not kept:
         return Carry() if act is Act.PERMUTE else UNIT
@@ -237,9 +238,7 @@ def _infer_transpose(node: Node) -> Sequence[Type]:
         return typed(node, None if perm is None else (None,) * len(perm))
     perm = _perm(node, len(shape))
     if sorted(perm) != list(range(len(shape))):
-        raise InvalidModelError(
-            f"transpose: perm {tuple(perm)} does not fit rank {len(shape)}", where=str(node)
-        )
+        raise InvalidModelError(f"transpose: perm {tuple(perm)} does not fit rank {len(shape)}", where=str(node))
     return typed(node, tuple(shape[axis] for axis in perm))
 
 
@@ -250,7 +249,8 @@ def _evaluate_transpose(node: Node, operands: Sequence[Any], wide: Wide) -> Sequ
 
 def _relate_transpose(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     value = node.port(port)
-    assert value is not None and value.rank is not None
+    assert value is not None
+    assert value.rank is not None
     perm = _perm(node, value.rank)
     places = [perm.index(axis) for axis in range(value.rank)] if port >= 0 else perm
     return _placed(places, act, port, axes, asked_dims(node, port, axes))
@@ -315,12 +315,13 @@ def _relate_squeeze(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
 
 
 def _relate_units(node: Node, act: Act, port: Port, axes: Axes, *, from_operand: bool) -> Relation:
-    """unsqueeze, squeeze: the long side (the operand of a squeeze) has axes of size 1 that the short one lacks."""
+    """unsqueeze, squeeze: the long side (the operand of a squeeze) has axes of size 1 more."""
     ports = ports_of_data(node, port)
     if isinstance(ports, Block):
         return ports
     _, mine, other = ports
-    assert mine is not None and other is not None
+    assert mine is not None
+    assert other is not None
     units = _dropped(node) if from_operand else _inserted(node)
     kept = [axis for axis in range(max(len(mine), len(other))) if axis not in units]
     asker_is_long = (port >= 0) is from_operand
@@ -347,7 +348,8 @@ def _infer_expand(node: Node) -> Sequence[Type]:
 
 def _evaluate_expand(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
     x, shape = operands
-    return (x.expand(torch.broadcast_shapes(x.shape, tuple(int(d) for d in shape.reshape(-1).tolist()))),)
+    target = [int(d) for d in shape.reshape(-1).tolist()]
+    return (x.expand(np.broadcast_shapes(tuple(x.shape), tuple(target))),)
 
 
 def _relate_expand(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
@@ -355,7 +357,8 @@ def _relate_expand(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     if isinstance(ports, Block):
         return ports
     other, mine, theirs = ports
-    assert mine is not None and theirs is not None
+    assert mine is not None
+    assert theirs is not None
     dims = asked_dims(node, port, axes)
     asked = wider(dims, axes)
     if all(dim == 1 for dim in dims):
@@ -378,83 +381,13 @@ def _one_to_many(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     if isinstance(ports, Block) or act in MIXING or port < 0:
         return UNIT
     other, mine, theirs = ports
-    assert mine is not None and theirs is not None
+    assert mine is not None
+    assert theirs is not None
     places = tuple(axis + len(theirs) - len(mine) for axis in axes)
     dims = static_dims(node.result, places)
     if dims is None:
         return DYNAMIC
     return Carry((Link(other, places, pairs=tie_pairs((1,) * len(dims), dims)),))
-
-
-# -- shapes as values -----------------------------------------------------------------------------
-
-
-def _infer_shape(node: Node) -> Sequence[Type]:
-    shape = operand_shape(node)
-    length = None if shape is None else len(shape[attribute(node, "start") : attribute(node, "end")])
-    return (TensorType("i64", (length,)),)
-
-
-def _evaluate_shape(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    dims = list(operands[0].shape)[attribute(node, "start") : attribute(node, "end")]
-    return (torch.tensor(dims, dtype=torch.int64),)
-
-
-def _relate_shape(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
-    return Carry() if port == 0 else Block("it holds sizes")
-
-
-def _fill(node: Node) -> Constant:
-    value = attribute(node, "value")
-    if not isinstance(value, Constant) or value.size != 1:
-        raise InvalidModelError("constant_of_shape: value is not a tensor of one element", where=str(node))
-    return value
-
-
-def _infer_filled(node: Node) -> Sequence[Type]:
-    dims = known_ints(node.operand(0))
-    if dims is None:
-        count = element_count(node.operand(0))
-        return (TensorType(_fill(node).dtype, None if count is None else (None,) * count),)
-    return (TensorType(_fill(node).dtype, dims),)
-
-
-def _evaluate_filled(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    fill = _fill(node)
-    value = fill.tensor(wide.of(fill.dtype)).reshape(())
-    return (value.expand([int(d) for d in operands[0].reshape(-1).tolist()]),)
-
-
-def _relate_filled(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
-    if port >= 0:
-        return NOT_DATA
-    if act is Act.PERMUTE or (act in LINEAR_ACTS and not _fill(node).array().reshape(-1)[0]):
-        return Carry()
-    return Block("it fills every channel with one value")
-
-
-def _infer_range(node: Node) -> Sequence[Type]:
-    start, limit, delta = (known_ints(node.operand(index)) for index in range(3))
-    length: Dim = None
-    if start and limit and delta:
-        if delta[0] == 1:
-            length = subtract(limit[0], start[0])
-            length = max(length, 0) if isinstance(length, int) else length if start[0] == 0 else None
-        else:
-            bounds = [static_ints(node.operand(index)) for index in range(3)]
-            flat = [b[0] for b in bounds if b]
-            length = len(range(*flat)) if len(flat) == 3 and flat[2] else None
-    return typed(node, (length,))
-
-
-def _evaluate_range(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    start, limit, delta = (x.reshape(()) for x in operands)
-    count = max(math.ceil((limit.item() - start.item()) / delta.item()), 0)
-    return (start + torch.arange(count).to(delta.dtype) * delta,)
-
-
-def _relate_range(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
-    return NOT_DATA if port >= 0 else Block("it counts along the axis")
 
 
 _X, _SHAPE = Param("x"), Param("shape")
@@ -464,7 +397,7 @@ structural_row(
     _infer_reshape,
     _evaluate_reshape,
     _relate_reshape,
-    "the same elements in C order; 0 copies a dim, -1 is what remains; split and merged axes are carried exactly",
+    "the same elements in C order; 0 copies a dim, -1 is what remains",
     {"allowzero": False},
 )
 structural_row(
@@ -510,30 +443,4 @@ structural_row(
     _evaluate_expand,
     _relate_expand,
     "x broadcast against a shape; new axes are copies",
-)
-structural_row(
-    "shape",
-    (_X,),
-    _infer_shape,
-    _evaluate_shape,
-    _relate_shape,
-    "the dims of x from `start` to `end`",
-    {"start": 0, "end": None},
-)
-structural_row(
-    "constant_of_shape",
-    (_SHAPE,),
-    _infer_filled,
-    _evaluate_filled,
-    _relate_filled,
-    "a tensor filled with `value`",
-    {"value": None},
-)
-structural_row(
-    "range",
-    (Param("start"), Param("limit"), Param("delta")),
-    _infer_range,
-    _evaluate_range,
-    _relate_range,
-    "start, start + delta, ... up to and without limit",
 )

@@ -1,0 +1,7 @@
+"""`python -m planish`."""
+
+import sys
+
+from planish.cli import main
+
+sys.exit(main())

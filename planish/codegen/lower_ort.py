@@ -1,0 +1,309 @@
+"""Lowering for ONNX Runtime on the CPU.
+
+What its kernels reward, measured (docs/targets.md):
+
+- quantised linears as MatMulIntegerToFloat, uint8 activations times int8 weights (any other pairing is
+  slow), the bias inside, one DynamicQuantizeLinear shared by all readers of a value;
+- per-row activations: QuantizeLinear with a run-time scale vector along axis 0 of the flattened
+  tensor, the row scale multiplied back behind the product, and a bias of shape [1, N]: a
+  one-dimensional one would be fused into BiasGelu, which is slower than Gelu;
+- attention as ONNX's Attention operator on [batch, tokens, heads * d], without transposes;
+- a residual sum spelled x - (-linear): the session's SkipLayerNormalization fusion, slower than
+  its parts, looks for Add. The sign goes into the weight codes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from planish.capture.onnx_file import META_IR_VERSION, META_OPSETS, opsets_of
+from planish.ir.constant import Constant
+from planish.ir.graph import Graph, Node, Value
+from planish.ir.ops import get
+from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.types import TensorType
+from planish.passes.base import PassReport, place
+
+CONTRIB = "com.microsoft"
+ATTENTION_OPSET = 23
+ROW_FLOOR = 1e-30  # the least row maximum: a row of zeros keeps a positive scale
+
+
+def lower(graph: Graph, report: PassReport) -> None:
+    """Rewrite in place; what cannot be rewritten stays in standard form and is reported."""
+    with Rewriter(graph) as rewriter:
+        rows: dict[Value, _Rows] = {}
+        for node in list(graph.nodes):
+            if node.graph is None or node.op.name != "linear":
+                continue
+            try:
+                if _linear(node, rewriter, rows):
+                    report.applied.append(place(node))
+            except Declined as refusal:
+                report.decline(str(refusal), node)
+    with Rewriter(graph) as rewriter:
+        for node in list(graph.nodes):
+            if node.graph is not None and node.op.name == "layer_norm" and _residual(node, rewriter):
+                report.applied.append(f"{place(node)}: residual")
+    if _raise_opset(graph, ATTENTION_OPSET):
+        masks: dict[Value, Value] = {}
+        with Rewriter(graph) as rewriter:
+            for node in list(graph.nodes):
+                if node.graph is None or node.op.name != "attention":
+                    continue
+                try:
+                    _attention(node, rewriter, masks)
+                    report.applied.append(place(node))
+                except Declined as refusal:
+                    report.decline(str(refusal), node)
+
+
+# -- quantised linears -----------------------------------------------------------------------------
+
+
+class _Rows:
+    """A value quantised per row: the flattened codes, the row scales [T, 1], and the shape to go back to."""
+
+    def __init__(self, codes: Value, scale: Value, dims: Value) -> None:
+        self.codes, self.scale, self.dims = codes, scale, dims
+
+
+def _source(value: Value | None) -> Node | None:
+    return value.producer if value is not None else None
+
+
+def _weight(node: Node) -> tuple[np.ndarray, Value] | None:
+    """The codes [K, N] and the scales [N] of a linear's quantised weight."""
+    made = _source(node.operand(1))
+    if made is None or made.op.name != "dequantize" or made.operand(2) is not None:
+        return None
+    codes, scale = made.operands[0], made.operands[1]
+    if codes is None or scale is None or codes.constant is None or codes.dtype != "i8" or scale.rank != 1:
+        return None
+    array = codes.constant.array()
+    transposed = bool(node.attributes.get("transposed", False))
+    if made.attributes.get("axis") not in ((1, -1) if transposed else (0, -2)):
+        return None
+    return (array if transposed else np.ascontiguousarray(array.T)), scale
+
+
+def _contrib(name: str) -> tuple[str, dict[str, int]]:
+    return f"{CONTRIB}::{name}", {"onnx_opset": 1}
+
+
+def _linear(node: Node, rewriter: Rewriter, rows: dict[Value, _Rows]) -> bool:
+    activation, weight = _source(node.operand(0)), _weight(node)
+    if activation is None or activation.op.name != "dequantize" or weight is None:
+        return False
+    codes, scale, zero = (activation.operand(i) for i in range(3))
+    if codes is None or scale is None or codes.dtype != "u8":
+        raise Declined("its activation codes are not uint8: no fast kernel", node)
+    data, weight_scale = weight
+    held = rewriter.constant(Constant.of(data), f"{node.result.name}.codes")
+    dynamic = codes.producer
+    token = dynamic is not None and dynamic.op.name == "dynamic_quantize" and dynamic.attributes.get("granularity") == "token"
+    op, attributes = _contrib("MatMulIntegerToFloat")
+    if not token:
+        if scale.rank != 0:
+            raise Declined("its activation has a vector of scales: no fast kernel", node)
+        operands = [codes, held, scale, weight_scale, zero, None, node.operand(2)]
+        made = rewriter.insert(
+            op, operands, attributes, before=node, types=[node.result.type], names=[node.result.name], source=node.source
+        )
+        rewriter.replace_node(node, made.result)
+        return True
+    assert dynamic is not None
+    x = dynamic.operands[0]
+    assert x is not None
+    if x not in rows:
+        rows[x] = _quantise_rows(x, dynamic, rewriter)
+    flat = rows[x]
+    one = rewriter.constant(Constant.of(np.float32(1.0)), "one")
+    half = rewriter.constant(Constant.of(np.uint8(128)), "half")
+    outputs = data.shape[1]
+    flat_type = TensorType("f32", (None, outputs))
+    product = rewriter.insert(
+        op, [flat.codes, held, one, weight_scale, half], attributes, before=node, types=[flat_type], source=node.source
+    ).result
+    scaled = rewriter.insert("mul", [product, flat.scale], before=node, types=[flat_type], source=node.source).result
+    bias = node.operand(2)
+    if bias is not None:
+        if bias.is_constant and bias.constant is not None:
+            matrix = bias.constant.wide().reshape(1, -1)
+            bias = rewriter.constant(Constant(matrix, bias.constant.dtype, matrix.shape), bias.name)
+        scaled = rewriter.insert("add", [scaled, bias], before=node, types=[flat_type], source=node.source).result
+    last = rewriter.constant(Constant.of(np.array([outputs], np.int64)), "last")
+    dims = rewriter.insert("concat", [flat.dims, last], {"axis": 0}, before=node, source=node.source).result
+    back = rewriter.insert("reshape", [scaled, dims], before=node, types=[node.result.type], source=node.source)
+    rewriter.replace_node(node, back.result)
+    return True
+
+
+def _quantise_rows(x: Value, dynamic: Node, rewriter: Rewriter) -> _Rows:
+    """QuantizeLinear of the flattened rows, each with its own scale max |row| / 127 and zero point 128."""
+    assert x.shape is not None
+    width = x.shape[-1]
+    source = dynamic.source
+
+    def insert(op: str, operands: list[Value | None], attributes: dict[str, object] | None = None, **more: object) -> Value:
+        return rewriter.insert(op, operands, attributes, before=dynamic, source=source, **more).result  # type: ignore[arg-type]
+
+    def constant(data: np.ndarray, hint: str) -> Value:
+        return rewriter.constant(Constant.of(data), hint)
+
+    if not isinstance(width, int):
+        raise Declined("its width is not static", dynamic)
+    flat = insert("reshape", [x, constant(np.array([-1, width], np.int64), "rows")])
+    high = insert("reduce_max", [flat], {"axes": (-1,), "keepdims": False})
+    low = insert("reduce_min", [flat], {"axes": (-1,), "keepdims": False})
+    largest = insert("max", [high, insert("neg", [low])])
+    largest = insert("max", [largest, constant(np.array(ROW_FLOOR, np.float32), "floor")])
+    scale = insert("mul", [largest, constant(np.array(1.0 / 127.0, np.float32), "step")])
+    half = constant(np.array([128], np.uint8), "half")
+    zeros = insert("expand", [half, insert("shape", [scale])])
+    codes = insert("quantize", [flat, scale, zeros], {"dtype": "u8", "axis": 0})
+    column = insert("unsqueeze", [scale], {"axes": (-1,)})
+    dims = insert("shape", [x], {"start": 0, "end": -1})
+    return _Rows(codes, column, dims)
+
+
+# -- residual sums ---------------------------------------------------------------------------------
+
+
+def _residual(norm: Node, rewriter: Rewriter) -> bool:
+    """layer_norm(x + linear(..)) -> layer_norm(x - (-linear)(..)), the sign in codes and bias."""
+    total = _source(norm.operands[0])
+    if total is None or total.op.name != "add" or len(total.result.users) != 1:
+        return False
+    for index in (1, 0):
+        addend, other = total.operands[index], total.operands[1 - index]
+        chain = _negatable(addend)
+        if chain is None or other is None:
+            continue
+        for node in chain:
+            for port in _signed_operands(node):
+                value = node.operand(port)
+                if value is None:
+                    continue
+                assert value.constant is not None
+                array = value.constant.wide() if value.dtype == "f32" else value.constant.array()
+                negative = Constant(-array, value.constant.dtype, array.shape)
+                rewriter.set_operand(node, port, rewriter.constant(negative, value.name))
+        made = rewriter.insert("sub", [other, addend], before=total, types=[total.result.type], source=total.source)
+        rewriter.replace_node(total, made.result)
+        return True
+    return False
+
+
+def _signed_operands(node: Node) -> tuple[int, ...]:
+    """The operands that change sign when the result does."""
+    return (1,) if node.op.name == "add" else () if node.op.name in ("reshape", "mul") else (1, 6)
+
+
+def _negatable(value: Value | None) -> list[Node] | None:
+    """The nodes from a quantised product to `value` whose constants can take a sign; None if there is none."""
+    chain = []
+    node = _source(value)
+    while node is not None and len(node.result.users) == 1:
+        chain.append(node)
+        if node.op.name == f"{CONTRIB}::MatMulIntegerToFloat":
+            bias = node.operand(6)
+            codes = node.operands[1]
+            good = codes is not None and codes.is_constant and (bias is None or bias.is_constant)
+            return chain if good else None
+        if node.op.name == "add":
+            bias = node.operands[1]
+            if bias is None or not bias.is_constant:
+                return None
+        elif node.op.name not in ("reshape", "mul"):
+            return None
+        node = _source(node.operands[0])
+    return None
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+
+def _raise_opset(graph: Graph, version: int) -> bool:
+    """Move the graph to at least that opset; False if an opaque node has another form there, or nothing needs it."""
+    opsets = opsets_of(graph)
+    own = opsets.get("onnx", opsets.get("", 0))
+    if not any(node.op.name == "attention" for node in graph.nodes):
+        return False
+    if own >= version:
+        return True
+    for node in graph.nodes:
+        if not node.op.opaque or not node.op.name.startswith("onnx::"):
+            continue
+        name = node.op.name.removeprefix("onnx::")
+        made = node.attributes.get("onnx_opset", own)
+        assert isinstance(made, int)
+        then, now = (onnx.defs.get_schema(name, v, "").since_version for v in (made, version))
+        if then != now:
+            return False
+    pairs = tuple((domain, max(v, version) if domain in ("", "onnx") else v) for domain, v in opsets.items())
+    graph.meta[META_OPSETS] = pairs or (("", version),)
+    ir_version = graph.meta.get(META_IR_VERSION)
+    graph.meta[META_IR_VERSION] = max(ir_version, 11) if isinstance(ir_version, int) else 11
+    return True
+
+
+def _merged(value: Value | None, perm: tuple[int, ...]) -> tuple[Value, int] | None:
+    """[B, T, heads * d] behind transpose(reshape(.. [B, T, heads, d])), and the number of heads."""
+    turn = _source(value)
+    if turn is None or turn.op.name != "transpose" or turn.attributes.get("perm") != perm:
+        return None
+    split = _source(turn.operands[0])
+    if split is None or split.op.name != "reshape" or turn.operands[0] is None or turn.operands[0].shape is None:
+        return None
+    before = split.operands[0]
+    heads = turn.operands[0].shape[-2]
+    if before is None or before.rank != 3 or len(turn.operands[0].shape) != 4 or not isinstance(heads, int):
+        return None
+    return before, heads
+
+
+def _attention(node: Node, rewriter: Rewriter, masks: dict[Value, Value]) -> None:
+    q, k, v = (_merged(node.operands[i], (0, 2, 1, 3)) for i in range(3))
+    if q is None or k is None or v is None:
+        raise Declined("its operands are not transposed head splits", node)
+    turn = node.result.users[0] if len(node.result.users) == 1 else None
+    if turn is None or turn.op.name != "transpose" or turn.attributes.get("perm") != (0, 2, 1, 3):
+        raise Declined("its result is not transposed back", node)
+    merge = turn.result.users[0] if len(turn.result.users) == 1 else None
+    if merge is None or merge.op.name != "reshape" or merge.result.rank != 3:
+        raise Declined("its heads are not merged", node)
+    width = q[0].shape[-1] if v[1] == q[1] and q[0].shape is not None else None
+    if merge.result.shape is None or width is None or merge.result.shape[-1] != width:
+        raise Declined("its heads are merged into another shape", node)
+    attributes: dict[str, object] = {
+        "onnx_opset": ATTENTION_OPSET,
+        "q_num_heads": q[1],
+        "kv_num_heads": k[1],
+    }
+    if node.attributes.get("causal", False):
+        attributes["is_causal"] = 1
+    if node.attributes.get("scale") is not None:
+        attributes["scale"] = node.attributes["scale"]
+    mask = node.operand(3)
+    if mask is not None:
+        if mask not in masks:  # made before the first reader: every other one comes later
+            masks[mask] = _expanded(mask, q[0], node, rewriter)
+        mask = masks[mask]
+    made = rewriter.insert(
+        get("onnx::Attention"), [q[0], k[0], v[0], mask], attributes,  # type: ignore[arg-type]
+        before=node, types=[merge.result.type], source=node.source,
+    )  # fmt: skip
+    rewriter.replace(merge.result, made.result)
+
+
+def _expanded(mask: Value, query: Value, node: Node, rewriter: Rewriter) -> Value:
+    """The mask with its query axis at full length: the kernel does not broadcast it."""
+    if mask.rank != 4 or mask.shape is None or mask.shape[2] != 1 or query.shape is None:
+        return mask
+    one = rewriter.constant(Constant.of(np.array([1], np.int64)), "one")
+    length = rewriter.insert("shape", [query], {"start": 1, "end": 2}, before=node).result
+    dims = rewriter.insert("concat", [one, one, length, one], {"axis": 0}, before=node).result
+    full = TensorType(str(mask.dtype), (mask.shape[0], mask.shape[1], query.shape[1], mask.shape[3]))
+    return rewriter.insert("expand", [mask, dims], before=node, types=[full]).result

@@ -1,0 +1,238 @@
+"""The functions that users call: capture a model, collect statistics, write ONNX, compare two models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planish.calibrate.collect import collect
+from planish.ir.errors import PlanishError, nearest
+from planish.ir.graph import Graph
+from planish.ir.types import TensorType
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from onnx import ModelProto
+
+    Inputs = Mapping[str, np.ndarray | torch.Tensor]
+
+__all__ = ["Comparison", "OutputDifference", "capture", "collect", "compare_graphs", "to_onnx", "verify"]
+
+EQUAL = 1e-5  # relative: weights that were folded are rounded to float32 once more
+
+
+def capture(model: str | Path | ModelProto | Graph, inputs: Any = None) -> Graph:
+    """Capture a model as a graph.
+
+    Args:
+        model: a path to an .onnx file or to a text of the IR (.ir), an ONNX ModelProto, or a graph (returned
+            as it is).
+        inputs: example inputs; an ONNX model needs none.
+
+    Raises:
+        PlanishError: the model cannot be read or is not valid, or is of another kind.
+    """
+    if isinstance(model, Graph):
+        return model
+    if isinstance(model, str | Path):
+        path = Path(model)
+        if path.suffix == ".ir":
+            from planish.integrate.ir_file import read_ir
+
+            return read_ir(path)
+        from planish.capture.from_onnx import from_onnx
+
+        return from_onnx(path)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    if type(model).__name__ == "ModelProto":
+        from planish.capture.from_onnx import from_onnx
+
+        return from_onnx(model)
+    raise PlanishError(
+        f"model: a {kind} cannot be captured; expected a path to an .onnx file or an onnx.ModelProto",
+        hint="export a torch module with torch.onnx.export(model, inputs, 'model.onnx', dynamo=True)",
+    )
+
+
+def to_onnx(graph: Graph, path: str | Path, *, target: str = "onnx", opset: int | None = None) -> None:
+    """Write a graph as an ONNX file, whole or not at all.
+
+    Args:
+        target: "onnx" for standard operators only, "ort" to allow ONNX Runtime's own.
+        opset: the version of ONNX's default domain; the graph's own by default.
+
+    Raises:
+        PlanishError: an op has no ONNX form, or the file cannot be written.
+    """
+    from planish.codegen.onnx import write
+
+    write(graph, path, target=target, opset=opset)
+
+
+@dataclass(frozen=True)
+class OutputDifference:
+    """How far one output of two models is apart.
+
+    Attributes:
+        name: of the output.
+        error: max |a - b| / max |b|; infinite where shapes differ or one is not finite.
+        worst: the worst element with both values.
+    """
+
+    name: str
+    error: float
+    worst: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models on the same inputs, in float64.
+
+    Attributes:
+        outputs: one entry per output, the largest error over all inputs.
+        tolerance: the error up to which they are called equal.
+        inputs: the number of sets of inputs.
+        narrow: nodes that could only be evaluated in float32.
+        notes: what else the user should know.
+    """
+
+    outputs: tuple[OutputDifference, ...]
+    tolerance: float
+    inputs: int
+    narrow: int = 0
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def error(self) -> float:
+        return max((o.error for o in self.outputs), default=0.0)
+
+    @property
+    def equal(self) -> bool:
+        return self.error <= self.tolerance
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {**asdict(self), "error": self.error, "equal": self.equal}
+
+
+def verify(
+    first: str | Path | ModelProto | Graph,
+    second: str | Path | ModelProto | Graph,
+    *,
+    inputs: Inputs | Sequence[Inputs] | str | Path | None = None,
+    tolerance: float = EQUAL,
+    count: int = 2,
+    seed: int = 0,
+) -> Comparison:
+    """Evaluate two models in float64 on random inputs, and on given ones, and compare their outputs.
+
+    Args:
+        first, second: as for `capture`; the errors are relative to the first.
+        inputs: a set of inputs, a sequence of them, or an .npz file with one.
+        tolerance: the relative error up to which they are equal.
+        count: sets of random inputs.
+        seed: of the random inputs.
+
+    Raises:
+        PlanishError: a model that cannot be read, inputs or outputs that do not correspond, or no inputs on
+            which the first model can be evaluated.
+    """
+    one, two = capture(first), capture(second)
+    given: list[Any] = []
+    if isinstance(inputs, str | Path):
+        from planish.calibrate.data import load_inputs
+
+        given = [load_inputs(inputs, one)]
+    elif isinstance(inputs, Mapping):
+        given = [inputs]
+    elif inputs is not None:
+        given = list(inputs)
+    return compare_graphs(one, two, given, tolerance=tolerance, count=count, seed=seed)
+
+
+def compare_graphs(
+    one: Graph, two: Graph, given: Iterable[Inputs], *, tolerance: float, count: int, seed: int
+) -> Comparison:
+    """`verify` for graphs."""
+    import torch
+
+    from planish.ir.evaluator import Evaluator
+    from planish.ir.probe import relative_error, worst_element
+    from planish.passes.validation import make_probe
+
+    pairs = _outputs(one, two)
+    _same_inputs(one, two)
+    probe = make_probe(one, seed, count=count) if count else None
+    trials = [*(probe.inputs if probe is not None else []), *given]
+    if not trials:
+        reason = probe.reason if probe is not None else "none were given"
+        raise PlanishError(
+            f"no inputs to compare on: {reason}",
+            hint="give inputs that the model accepts (--inputs data.npz)",
+        )
+    worst: dict[str, tuple[float, str]] = {}
+    narrow = 0
+    for trial in trials:
+        left, right = Evaluator(one, torch.float64), Evaluator(two, torch.float64)
+        expected, got = left.run(trial), right.run(trial)
+        narrow = max(narrow, len(left.narrowed), len(right.narrowed))
+        for mine, theirs in pairs:
+            a, b = expected[mine], got[theirs]
+            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+                error, element = relative_error(b, a), worst_element(b, a) if a.numel() else "empty"
+            else:
+                same = type(a) is type(b) and _same_objects(a, b)
+                error, element = (0.0, "not a tensor") if same else (float("inf"), "not a tensor")
+            if mine not in worst or error > worst[mine][0]:
+                worst[mine] = error, element
+    renamed = [f"output '{a}' is compared with '{b}'" for a, b in pairs if a != b]
+    outputs = tuple(OutputDifference(name, *worst[name]) for name, _ in pairs)
+    return Comparison(outputs, tolerance, len(trials), narrow, tuple(renamed))
+
+
+def _same_objects(a: Any, b: Any) -> bool:
+    """Equality of what is not a tensor: strings, sequences, maps."""
+    import numpy as np
+    import torch
+
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return bool(np.array_equal(a, b))
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(_same_objects(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def _outputs(one: Graph, two: Graph) -> list[tuple[str, str]]:
+    """Which output corresponds to which: by name, or by position where no name is shared."""
+    mine, theirs = [n for n, _ in one.outputs], [n for n, _ in two.outputs]
+    if set(mine) == set(theirs):
+        return [(n, n) for n in mine]
+    if len(mine) == len(theirs) and not set(mine) & set(theirs):
+        return list(zip(mine, theirs, strict=True))
+    missing = next(n for n in [*mine, *theirs] if n not in mine or n not in theirs)
+    other = theirs if missing in mine else mine
+    raise PlanishError(
+        f"output '{missing}': only one of the models has it; "
+        f"the first has {', '.join(mine)}, the second {', '.join(theirs)}",
+        hint=nearest(missing, other),
+    )
+
+
+def _same_inputs(one: Graph, two: Graph) -> None:
+    mine = {v.name: v for v in one.inputs if v.constant is None}
+    theirs = {v.name: v for v in two.inputs if v.constant is None}
+    for name in [*mine, *theirs]:
+        if name not in mine or name not in theirs:
+            raise PlanishError(
+                f"input '{name}': only one of the models has it; "
+                f"the first has {', '.join(mine) or 'none'}, the second {', '.join(theirs) or 'none'}",
+                hint=nearest(name, theirs if name in mine else mine),
+            )
+        a, b = mine[name].type, theirs[name].type
+        if isinstance(a, TensorType) and isinstance(b, TensorType) and a.dtype != b.dtype:
+            raise PlanishError(f"input '{name}': its dtypes differ; the first has {a}, the second {b}")

@@ -1,0 +1,149 @@
+"""Fold the gain (and bias) of a norm into the layers that read it.
+
+    W (norm(x) * g + b) + c  =  (W diag(g)) norm(x) + (c + W b)
+
+The norm's result lies in a channel space; the pass gives that space the scale 1 / g, and before it the
+shift -b, so that every reader takes part: several linears, tied weights, whatever the op table lets through.
+Afterwards the gain is one (zero where the norm multiplies by 1 + g) and the bias is zero: what a rotation needs
+of an RMS norm, and what makes all channels of the result alike. Exact over the reals. Declined where the space
+is blocked (post-norm residuals: the next norm reads the result too) and where a gain is zero.
+QuaRot, arXiv:2404.00456, section 4; SliceGPT, arXiv:2401.15024.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from planish.ir.absorb import absorb
+from planish.ir.constant import Constant
+from planish.ir.graph import Graph, Node
+from planish.ir.ops.base import Act
+from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.spaces import Space, analyse
+from planish.ir.transform import Scale, Shift
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.match import attribute
+
+NORMS = ("layer_norm", "rms_norm")
+
+
+@dataclass(frozen=True)
+class FoldNormGain(Pass):
+    """The gains and biases of layer norms and RMS norms move into the readers.
+
+    Args:
+        bias: fold biases too.
+    """
+
+    bias: bool = True
+
+    name = "fold-norm-gain"
+    exactness = Exactness.EXACT
+    gives = frozenset({"norm-gain-free"})
+
+    def run(self, graph: Graph, context: Context) -> PassReport:
+        report = PassReport(self.name)
+        if self.bias:
+            _fold(graph, context, report, Act.SHIFT, port=2)
+        _fold(graph, context, report, Act.SCALE, port=1)
+        return report
+
+
+def _fold(graph: Graph, context: Context, report: PassReport, act: Act, port: int) -> None:
+    """Fold operand `port` of every norm. The spaces of one act share no constant's axis, so one analysis serves."""
+    norms = [n for n in graph.nodes if n.op.name in NORMS and _pending(n, port)]
+    if not norms:
+        return
+    spaces = _by_norm(analyse(graph).of(act), port)
+    what = "gain" if port == 1 else "bias"
+    done: set[int] = set()
+    with Rewriter(graph) as rewriter:
+        for norm in norms:
+            found = spaces.get(norm, [])
+            if any(id(space) in done for space, _ in found):
+                continue  # a tied norm: its constant went with the first
+            try:
+                transforms = _transforms(norm, port, found)
+                for (space, _), transform in zip(found, transforms, strict=True):
+                    absorb(rewriter, space, transform)
+                    context.transformed(space, transform)
+                    done.add(id(space))
+                _settle(rewriter, norm, port)
+            except Declined as refusal:
+                report.decline(f"{what}: {refusal.reason}", refusal.node if refusal.node is not None else norm)
+                continue
+            report.applied.append(f"{what} of {place(norm)}")
+
+
+def _neutral(norm: Node, port: int) -> float:
+    offset = attribute(norm, "gain_offset") if norm.op.name == "rms_norm" else 0.0
+    return 1.0 - float(offset) if port == 1 else 0.0
+
+
+def _pending(norm: Node, port: int) -> bool:
+    """True if the norm has this operand and it does something."""
+    value = norm.operand(port)
+    if value is None:
+        return False
+    if not value.is_constant or value.constant is None:
+        return True
+    return not (value.constant.wide() == _neutral(norm, port)).all()
+
+
+def _by_norm(spaces: list[Space], port: int) -> dict[Node, list[tuple[Space, np.ndarray]]]:
+    """The spaces in which the operand of each norm lies, with the channel of each of its elements, -1 for none."""
+    found: dict[Node, list[tuple[Space, np.ndarray]]] = {}
+    for space in spaces:
+        for member in space.constants:
+            for norm in member.value.users if member.value is not None else ():
+                if norm.op.name in NORMS and norm.operand(port) is member.value and member.variance > 0:
+                    assert member.value is not None
+                    assert member.value.constant is not None
+                    size = member.value.constant.size
+                    atoms = member.atoms if member.atoms is not None else np.arange(space.size)
+                    if len(atoms) == size and not any(s is space for s, _ in found.get(norm, [])):
+                        found.setdefault(norm, []).append((space, atoms))
+    return found
+
+
+def _transforms(norm: Node, port: int, spaces: list[tuple[Space, np.ndarray]]) -> list[Scale | Shift]:
+    """What makes the operand neutral, for each space.
+
+    Raises:
+        Declined: the operand is no constant, has a zero, or lies in no space or a blocked one.
+    """
+    value = norm.operand(port)
+    if value is None or not value.is_constant or value.constant is None:
+        raise Declined("it is no constant", norm)
+    data = value.constant.wide().reshape(-1) + (1.0 - _neutral(norm, port) if port == 1 else 0.0)
+    if port == 1 and (data == 0.0).any():
+        raise Declined(f"it is zero at channel {int(np.flatnonzero(data == 0.0)[0])}", norm)
+    covered = np.zeros(len(data), bool)
+    made: list[Scale | Shift] = []
+    for space, atoms in spaces:
+        if space.blockers:
+            blocker = space.blockers[0]
+            raise Declined(blocker.reason, blocker.node if blocker.node is not None else blocker.value)
+        mine = atoms >= 0
+        covered |= mine
+        channel = np.full(space.size, np.nan)
+        channel[atoms[mine]] = data[mine]
+        if np.isnan(channel).any() or (channel[atoms[mine]] != data[mine]).any():
+            raise Declined("its space ties channels that differ, or has more of them", norm)
+        made.append(Scale(1.0 / channel) if port == 1 else Shift(-channel))
+        if space.positive and port == 1 and (channel < 0).any():
+            raise Declined("it is negative and its space admits positive scales only", norm)
+    if not covered.all():
+        raise Declined("it lies in no channel space with static channels", norm)
+    return made
+
+
+def _settle(rewriter: Rewriter, norm: Node, port: int) -> None:
+    """Make the operand neutral to the bit: g * (1 / g) may be off by a rounding."""
+    value = norm.operand(port)
+    assert value is not None
+    assert value.constant is not None
+    data = np.full(value.constant.shape, _neutral(norm, port))
+    rewriter.set_constant(value, Constant(data, value.constant.dtype, data.shape), readers="all")
