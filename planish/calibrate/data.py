@@ -112,7 +112,7 @@ def load_inputs(path: str | Path, graph: Graph) -> Arrays:
 
 def _read(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as archive:
             if not isinstance(archive, np.lib.npyio.NpzFile):
                 raise PlanishError(f"{path}: not an .npz archive")
             return {name: archive[name] for name in archive.files}

@@ -504,11 +504,11 @@ def _softmax(view: View) -> Made | None:
     op = {"Softmax": "softmax", "LogSoftmax": "log_softmax"}[view.proto.op_type]
     if view.since >= 13:
         return Made(op, view.inputs(1), {"axis": view.get_int("axis", -1)})
-    axis, rank = (
-        view.get_int("axis", 1),
-        view.rank(0),
-    )  # flattens from `axis` on: the same on the last axis only
-    if rank is None or axis not in (-1, rank - 1):
+    axis, shape = view.get_int("axis", 1), view.shape(0)
+    if shape is None or not -len(shape) <= axis < len(shape):
+        return None
+    axis = axis % len(shape)  # from here on it flattens, so what comes behind must have one element
+    if any(d != 1 for d in shape[axis + 1 :]):
         return None
     return Made(op, view.inputs(1), {"axis": axis})
 

@@ -71,14 +71,11 @@ def _softmax(node: Node, e: Emission) -> None:
     op_type = {"softmax": "Softmax", "log_softmax": "LogSoftmax"}[node.op.name]
     axis, x = node.attributes.get("axis", -1), _x(node)
     assert isinstance(axis, int)
-    last = axis == -1 or (x.rank is not None and axis == x.rank - 1)
-    if e.since(op_type) >= 13 or last:  # older ones flatten from `axis` on
-        axis = -1 if e.since(op_type) == 11 and last else axis
-        if e.since(op_type) < 11 and axis == -1:
-            if x.rank is None:
-                raise e.fail(node, "an unknown rank is not possible")
-            axis = x.rank - 1
+    if e.since(op_type) >= 13 or (axis == -1 and e.since(op_type) == 11):
         e.add(op_type, [e.name(x)], e.outputs(node), axis=axis)
+        return
+    if x.shape is not None and all(d == 1 for d in x.shape[axis % len(x.shape) + 1 :]):
+        e.add(op_type, [e.name(x)], e.outputs(node), axis=axis % len(x.shape))  # it flattens from `axis` on
         return
     shifted = e.add("Sub", [e.name(x), e.reduce("ReduceMax", e.name(x), (axis,), True)])
     powers = e.add("Exp", [shifted])

@@ -132,21 +132,27 @@ class Space:
 
 
 def _maximal(members: list[Member]) -> list[Member]:
-    """Members on nested axes of one tensor are tied: the widest says what happens to the tensor."""
+    """Members on nested axes of one tensor are tied: the widest says what happens to the tensor.
+
+    Wider members come first, so that a private copy of a constant is made from its data before the change.
+    """
     kept: list[Member] = []
-    seen: dict[tuple[int, ...], list[frozenset[int]]] = {}
+    covered: dict[tuple[int, ...], list[frozenset[int]]] = {}
+
+    def within(tensor: tuple[int, ...], axes: frozenset[int]) -> bool:
+        return any(axes <= other for other in covered.get(tensor, ()))
+
     for member in sorted(members, key=lambda m: -len(m.axes)):
+        shape = member.grow or member.view or (member.value.shape if member.value is not None else None) or ()
+        axes = frozenset(a - len(shape) for a in member.axes)  # from the right: grown shapes differ in rank
         tensor = (id(member.node), member.port) if member.private else (id(member.value),)
-        rank = (
-            len(member.grow or member.view or ())
-            or (member.value.rank if member.value is not None else 0)
-            or 0
-        )
-        axes = frozenset(a - rank for a in member.axes)  # from the right: grown shapes differ in rank
-        covered = seen.setdefault(tensor, [])
-        if any(axes <= other for other in covered):
+        if within(tensor, axes):
             continue
-        covered.append(axes)
+        if not member.private and member.is_constant and member.value is not None:
+            readers = [(id(n), i) for n in member.value.users for i, v in enumerate(n.operands) if v is member.value]
+            if readers and all(within(reader, axes) for reader in readers):
+                continue
+        covered.setdefault(tensor, []).append(axes)
         kept.append(member)
     return kept
 

@@ -155,7 +155,9 @@ def _likeness(row: SpaceRow) -> Any:
         sorted((act, o.op, o.reason, n) for act, found in row.blockers.items() for o, n in _counted(found))
     )
     absorbers = (len(row.writers), len(row.readers), len(row.folds))
-    return row.size, row.structure, row.group, tuple(row.acts.items()), absorbers, len(row.tensors), blockers
+    ends = row.first.partition(" ")[0], row.last.partition(" ")[0]
+    acts = tuple(row.acts.items())
+    return ends, row.size, row.structure, row.group, acts, absorbers, len(row.tensors), blockers
 
 
 def _counted(obstacles: Iterable[Obstacle]) -> list[tuple[Obstacle, int]]:

@@ -1,0 +1,108 @@
+"""Recipes: what a file may say, and what is said about one that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from planish.integrate.recipes import Recipe, builtin_names, load_recipe, recipe_of
+from planish.integrate.yaml_file import parse_yaml
+from planish.ir.errors import PlanishError
+
+GOOD = """\
+name: mine
+summary: fold what is constant
+pipeline: fold-constants,raise-norms
+target: ort
+needs:
+  calibration: true
+source: nobody
+"""
+
+
+def message(text: str) -> str:
+    with pytest.raises(PlanishError) as caught:
+        recipe_of(parse_yaml(text, "r.yaml"))
+    return str(caught.value)
+
+
+def test_a_recipe_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(GOOD)
+    recipe = load_recipe(path)
+    assert recipe.name == "mine"
+    assert recipe.target == "ort"
+    assert recipe.needs.calibration is True
+    assert str(recipe.passes()) == "fold-constants,raise-norms"
+    assert load_recipe(recipe) is recipe
+
+
+def test_what_may_be_left_out() -> None:
+    recipe = recipe_of(parse_yaml("name: a\nsummary: b\npipeline: fold-constants\n"))
+    assert recipe == Recipe(name="a", summary="b", pipeline="fold-constants")
+    assert (recipe.target, recipe.needs.calibration, recipe.source) == ("onnx", False, "")
+
+
+def test_a_pipeline_may_span_lines() -> None:
+    text = "name: a\nsummary: b\npipeline: >-\n  fold-constants,\n  raise-norms\n"
+    assert str(recipe_of(parse_yaml(text)).passes()) == "fold-constants,raise-norms"
+
+
+def test_every_recipe_that_comes_with_planish_loads() -> None:
+    for name in builtin_names():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.needs.calibration or not any(p.needs_stats for p in recipe.passes().passes)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            ("target: ort", "taget: ort"),
+            "r.yaml:4: field 'taget': unknown; expected name, summary, pipeline, target, needs, source\n"
+            "  hint: did you mean 'target'?",
+        ),
+        (("target: ort", "target: otr"), "r.yaml:4: field 'target': expected 'onnx' or 'ort'; got 'otr'\n  hint:"),
+        (("name: mine\n", ""), "r.yaml:1: field 'name': is missing"),
+        (
+            ("name: mine", "name: My Recipe"),
+            "r.yaml:1: field 'name': expected lower-case words joined by hyphens; got 'My Recipe'",
+        ),
+        (
+            ("summary: fold what is constant", "summary: 3"),
+            "r.yaml:2: field 'summary': input should be a valid string; got 3",
+        ),
+        (
+            ("  calibration: true", "  calibration: often"),
+            "r.yaml:6: field 'needs.calibration': input should be a valid boolean; got 'often'",
+        ),
+        (
+            ("  calibration: true", "  calibrations: true"),
+            "r.yaml:6: field 'needs.calibrations': unknown; expected calibration\n  hint: did you mean 'calibration'?",
+        ),
+        (
+            ("raise-norms", "raise-norm"),
+            "recipe 'mine': pass 'raise-norm': unknown\n"
+            "  in r.yaml:3: fold-constants,raise-norm\n"
+            "  hint: did you mean 'raise-norms'?",
+        ),
+        (("needs:", "needs: [:"), "r.yaml:5: not YAML: "),
+    ],
+)
+def test_what_is_wrong_with_a_recipe(change: tuple[str, str], expected: str) -> None:
+    assert change[0] in GOOD
+    assert message(GOOD.replace(*change)).startswith(expected)
+
+
+def test_what_is_no_recipe(tmp_path: Path) -> None:
+    assert message("- 1\n") == (
+        "r.yaml:1: not a recipe; expected a mapping with name, summary, pipeline, target, needs, source"
+    )
+    assert message("").startswith("r.yaml:1: not a recipe")
+    with pytest.raises(PlanishError, match=f"^{tmp_path}/no.yaml: cannot be read: No such file or directory$"):
+        load_recipe(tmp_path / "no.yaml")
+    with pytest.raises(PlanishError) as caught:
+        load_recipe("w8a8-dynamik")
+    assert caught.value.what.startswith("recipe 'w8a8-dynamik': unknown; expected a file (.yaml) or one of ")
