@@ -5,7 +5,9 @@ The public names are imported when they are first used: `import planish` loads n
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -25,7 +27,10 @@ _PUBLIC = {
     "Stats": "planish.ir.stats",
 }
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [
+    "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_onnx", "verify",
+    "Graph", "Pipeline", "PlanishError", "Stats", "__version__",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from planish.integrate.api import capture, collect, to_onnx, verify
@@ -47,3 +52,22 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Capture(ModuleType):
+    """The package `planish.capture`, which is also the function `planish.capture(model)`."""
+
+    def __call__(self, model: Any, inputs: Any = None) -> Any:
+        return import_module(_PUBLIC["capture"]).capture(model, inputs)
+
+
+class _Planish(ModuleType):
+    """This module: what imports `planish.capture` puts the package under the name of the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "capture" and isinstance(value, ModuleType):
+            value.__class__ = _Capture
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Planish

@@ -1,7 +1,7 @@
 """Damaged copies of a model, and the judgement of what planish makes of each.
 
-    python tests/onnx_mutation.py MODEL COPIES      one line of JSON a copy; SIGALRM ends the process after
-                                                    60 s on one copy
+    python tests/onnx_mutation.py MODEL FIRST COPIES      one line of JSON a copy; SIGALRM ends the process
+                                                          after 60 s on one copy
 
 A copy must give a clean error, or a graph that is written again as a model with equal outputs (where ONNX
 Runtime can run the copy at all).

@@ -114,9 +114,10 @@ class _Capture:
             try:
                 self._node(proto)
             except InvalidModelError as error:
+                where = _label(proto, index)
                 if error.where is not None:
-                    raise
-                raise InvalidModelError(error.what, where=_label(proto, index), hint=error.hint) from error
+                    where += f" ({error.where})"
+                raise InvalidModelError(error.what, where=where, hint=error.hint) from error
         for name in self.weights:
             if name not in self.values and name not in self.folded:
                 self.value(name)

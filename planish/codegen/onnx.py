@@ -26,6 +26,7 @@ from planish.capture.onnx_proto import (
     ABSENT,
     DEFAULT_DOMAIN,
     attribute_proto,
+    captured_names,
     defined_names,
     dialect,
     domain_of,
@@ -225,8 +226,12 @@ class Emission:
         inputs = list(inputs)
         while inputs and not inputs[-1]:
             inputs.pop()
-        proto = NodeProto(op_type=op_type, domain=domain, input=inputs, output=outputs, name=self._source)
-        self._source = ""  # the first node of an op gets the name of the node it came from
+        proto = NodeProto(op_type=op_type, input=inputs, output=outputs)
+        if domain:
+            proto.domain = domain
+        if self._source:
+            proto.name = self._source
+            self._source = ""  # the first node of an op gets the name of the node it came from
         for key, value in {**(attributes or {}), **more}.items():
             if value is not None:
                 proto.attribute.append(attribute_proto(key, value))
@@ -296,6 +301,8 @@ class Emission:
             else:
                 raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node))
             self._document(self.nodes[first:] if self._stubs else [])
+        self._public_outputs()
+        self._drop_unread()
         model = ModelProto()
         model.CopyFrom(self.rest)
         model.ir_version = self.ir_version
@@ -305,7 +312,7 @@ class Emission:
         for field in ("node", "initializer", "input", "output", "value_info", "quantization_annotation"):
             graph.ClearField(field)
         graph.name = self.graph.name
-        self._public_outputs()
+        self._unique_names()
         graph.node.extend(self.nodes)
         self._value_infos(graph)
         for annotation in self.rest.graph.quantization_annotation:
@@ -315,6 +322,17 @@ class Emission:
         for domain in dict.fromkeys((*order, *self.imports)):
             model.opset_import.add(domain=domain, version=self.imports[domain])
         return model
+
+    def _unique_names(self) -> None:
+        """Several nodes may come from one: ONNX Runtime wants their names distinct."""
+        seen: set[str] = set()
+        for proto in self.nodes:
+            serial, stem = 1, proto.name
+            while proto.name in seen:
+                serial += 1
+                proto.name = f"{stem}_{serial}"
+            if stem:
+                seen.add(proto.name)
 
     def _put(self, name: str, constant: Constant | None) -> str:
         """Make a constant an initialiser, or a Constant node where initialisers must be inputs (IR < 4)."""
@@ -356,6 +374,20 @@ class Emission:
         for name, value in self._copies:
             self.add("Identity", [self.names[value]], name)
 
+    def _drop_unread(self) -> None:
+        """Drop the constants whose readers were written with another form of them (transposed, an attribute).
+
+        What nobody read in the graph either stays: the model came with it.
+        """
+        read = {name for name, _ in self.graph.outputs}
+        for proto in self.nodes:
+            read.update(proto.input)
+            read.update(captured_names(proto))
+        for value in self.graph.constants:
+            name = self.names[value]
+            if value.users and name not in read:
+                self.weights.pop(name, None)
+
     def _opaque(self, node: Node) -> None:
         dialect_name, _, op_type = node.op.name.rpartition("::")
         if dialect_name == "torch":
@@ -371,7 +403,11 @@ class Emission:
         schema = _schema(op_type, domain, self.imports.get(domain, 1))
         if schema is not None and schema.min_input < 1000:
             explicit += [""] * (schema.min_input - len(explicit))
-        proto = NodeProto(op_type=op_type, domain=domain, input=explicit, output=self.outputs(node), name=node.source)
+        proto = NodeProto(op_type=op_type, input=explicit, output=self.outputs(node))
+        if domain:
+            proto.domain = domain
+        if node.source:
+            proto.name = node.source
         if isinstance(overload, str):
             proto.overload = overload
         for key, value in node.attributes.items():
@@ -423,7 +459,8 @@ class Emission:
             for name in proto.output:
                 stub = self._stubs.get(name)
                 if stub is not None:
-                    proto.doc_string = stub.doc_string
+                    if stub.doc_string:
+                        proto.doc_string = stub.doc_string
                     proto.metadata_props.extend(stub.metadata_props)
                     proto.device_configurations.extend(stub.device_configurations)
 

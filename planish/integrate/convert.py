@@ -27,6 +27,7 @@ from planish.ir.stats import Stats
 from planish.ir.types import TensorType
 from planish.passes.base import Exactness, Pass
 from planish.passes.manager import Instrument, Pipeline, Report
+from planish.passes.pipeline import make_pass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +141,7 @@ def convert(
     check_weights(graph)
     result, report, stats = run_pipeline(
         graph,
-        chosen.passes(),
+        lowered(chosen.passes(), goal),
         calibration=calibration,
         seed=seed,
         validate=validate,
@@ -160,6 +161,13 @@ def convert(
         _written_size(out, began),
         time.perf_counter() - start,
     )
+
+
+def lowered(pipeline: Pipeline, target: str) -> Pipeline:
+    """The pipeline with the lowering to a target behind it, unless it has one of its own."""
+    if any(p.name == "lower" for p in pipeline.passes):
+        return pipeline
+    return Pipeline([*pipeline.passes, make_pass("lower", {"target": target})])
 
 
 def run_pipeline(

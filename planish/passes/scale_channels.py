@@ -81,17 +81,31 @@ class Quantiser:
         return torch.round(w / scale) * scale
 
 
-def output_error(
-    samples: torch.Tensor, weights: Sequence[torch.Tensor], s: torch.Tensor | None, quantiser: Quantiser
-) -> float:
-    """Sum over the readers of the relative squared error of Q(x / s) Q(W s)^T; samples [N, n], weights [O, n]."""
-    x = quantiser.activations(samples if s is None else samples / s)
-    total = 0.0
-    for w in weights:
-        exact = samples @ w.T
-        got = x @ quantiser.weight(w if s is None else w * s).T
-        total += float(((got - exact) ** 2).sum() / (exact**2).sum().clamp(min=1e-30))
-    return total
+class Judge:
+    """Judges scales of one site: the relative squared error of its readers' outputs under fake quantisation.
+
+    Args:
+        samples: float32 [N, n], what the readers read.
+        weights: of each reader, float32 [outputs, n].
+    """
+
+    def __init__(self, samples: torch.Tensor, weights: Sequence[torch.Tensor], quantiser: Quantiser) -> None:
+        self.samples = samples
+        self.weight = torch.cat(list(weights))
+        self.quantiser = quantiser
+        self.exact = samples @ self.weight.T
+        # of each output row: one over the energy of its reader, so that every reader counts the same
+        energies = [float((part**2).sum()) for part in self.exact.split([len(w) for w in weights], 1)]
+        self.share = torch.cat([torch.full((len(w),), 1.0 / max(e, 1e-30)) for w, e in zip(weights, energies, strict=True)])
+
+    def error(self, s: np.ndarray | None) -> float:
+        """Sum over the readers of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2; None: without a scale."""
+        x, w = self.samples, self.weight
+        if s is not None:
+            factors = torch.from_numpy(s.astype(np.float32))
+            x, w = x / factors, w * factors
+        got = self.quantiser.activations(x) @ self.quantiser.weight(w).T
+        return float((got - self.exact).square_().sum(0) @ self.share)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class ScaleChannels(Pass):
     alpha: float = 0.5  # smoothquant: the share of the difficulty that weights take
     granularity: Literal["tensor", "token"] = "tensor"  # of the activations in the search
     steps: int = 20  # grid points of alpha, and of the threshold
-    rows: int = 512  # sampled rows in the search
+    rows: int = 384  # sampled rows in the search
     insert: bool = False  # an explicit Mul where a space is blocked
     min_gain: float = 0.1  # the fraction by which the error must fall to be worth an inserted Mul
 
@@ -134,12 +148,13 @@ class ScaleChannels(Pass):
             raise Declined(space.blockers[0].reason, space.blockers[0].node)
         samples = torch.from_numpy(np.ascontiguousarray(site.samples[: self.rows]))
         weights = [torch.from_numpy(w.astype(np.float32)) for w in site.weights()]
-        quantiser = Quantiser(self.granularity)
-        before = output_error(samples, weights, None, quantiser)
+        judge = Judge(samples, weights, Quantiser(self.granularity))
+        before = judge.error(None)
+        searching = self.method in ("search", "os-plus")
         label, s, after = "none", None, before
         for candidate, factors in self._candidates(site):
-            error = output_error(samples, weights, torch.from_numpy(factors.astype(np.float32)), quantiser)
-            if s is None and self.method not in ("search", "os-plus") or error < after:
+            error = judge.error(factors)
+            if error < after or not searching:
                 label, s, after = candidate, factors, error
         if s is None:
             raise Declined("no candidate beats leaving it alone", site.readers[0])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -144,8 +144,6 @@ class Inspection:
 
 
 def _merged(rows: Sequence[SpaceRow]) -> SpaceRow:
-    from dataclasses import replace
-
     return replace(rows[0], repeats=len(rows))
 
 
@@ -188,7 +186,7 @@ def inspect(
     by_act: dict[str, ActCount] = {}
     for act in progress(ACTS, "channel spaces"):
         counts: Counter[Any] = Counter()
-        of_act = found.of(act)
+        of_act = _of(found, act)
         for space in of_act:
             key = (space.key(), space.size)
             sets.setdefault((*key, counts[key]), {})[act] = space
@@ -213,9 +211,17 @@ def inspect(
     )
 
 
-def _number(row: SpaceRow, number: int) -> SpaceRow:
-    from dataclasses import replace
+def _of(spaces: ChannelSpaces, act: Act) -> list[Space]:
+    """The spaces of an act; what blocks a rotation blocks every larger linear map, which nobody searched then."""
+    found = spaces.of(act)
+    if act is not Act.LINEAR:
+        return found
+    known = {s.key() for s in found}
+    blocked = [s for s in spaces.of(Act.ROTATE) if s.blockers and s.key() not in known]
+    return [*found, *(replace(s, act=act) for s in blocked)]
 
+
+def _number(row: SpaceRow, number: int) -> SpaceRow:
     return replace(row, id=number)
 
 

@@ -262,10 +262,10 @@ def _evaluate_slice(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence
     steps = [1] * len(starts) if steps is None else steps
     for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
         axis = normal_axis(int(axis), x.dim())
+        positions = range(*slice(start, end, step).indices(x.shape[axis]))  # torch warns of bounds near 2^63
         if step > 0:
-            x = x[(slice(None),) * axis + (slice(start, end, step),)]
+            x = x[(slice(None),) * axis + (slice(positions.start, positions.stop, step),)]
         else:
-            positions = range(*slice(start, end, step).indices(x.shape[axis]))
             x = take(x, axis, torch.tensor(list(positions), dtype=torch.int64))
     return (x,)
 
