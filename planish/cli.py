@@ -29,15 +29,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[
-    str, typer.Argument(help="An .onnx file, or the text of a graph (.ir).", show_default=False)
-]
+Model = Annotated[str, typer.Argument(help="An .onnx file, or the text of a graph (.ir).", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
-Validate = Annotated[
-    bool, typer.Option("--validate/--no-validate", help="Check every exact pass in float64.")
-]
+Validate = Annotated[bool, typer.Option("--validate/--no-validate", help="Check every exact pass in float64.")]
 Calibrate = Annotated[
     str | None,
     typer.Option("--calibrate", help="Calibration data: .npz, a folder of .npz, .txt, or saved statistics."),
@@ -140,9 +136,7 @@ def inspect(
     everything: Annotated[
         bool, typer.Option("--all", help="A row for each space, with all its tensors and blockers.")
     ] = False,
-    raise_: Annotated[
-        bool, typer.Option("--raise/--no-raise", help="Find linears, norms and attention first.")
-    ] = True,
+    raise_: Annotated[bool, typer.Option("--raise/--no-raise", help="Find linears, norms and attention first.")] = True,
     quiet: Quiet = False,
 ) -> int:
     """Print the channel spaces of a model: what may be transformed free of cost, and what blocks the rest."""
@@ -172,9 +166,7 @@ def lint(
         typer.Option("--mapping", "-m", help="A YAML file: smooth and balance layers.", show_default=False),
     ],
     json: Json = False,
-    raise_: Annotated[
-        bool, typer.Option("--raise/--no-raise", help="Find linears, norms and attention first.")
-    ] = True,
+    raise_: Annotated[bool, typer.Option("--raise/--no-raise", help="Find linears, norms and attention first.")] = True,
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Apply the mapping and compare outputs in float64.")
     ] = True,
@@ -190,9 +182,7 @@ def lint(
 
     terminal = _terminal(quiet or json)
     read_mappings(mapping)  # complain about the file before the model is read
-    found = judge(
-        _raised(model, terminal, raise_), mapping, check=check, seed=seed, progress=terminal.progress
-    )
+    found = judge(_raised(model, terminal, raise_), mapping, check=check, seed=seed, progress=terminal.progress)
     if json:
         _print_json(found.as_dict())
     else:
@@ -205,12 +195,8 @@ def lint(
 @app.command()
 def optimize(
     model: Model,
-    output: Annotated[
-        str, typer.Option("--output", "-o", help="The .onnx file to write.", show_default=False)
-    ],
-    recipe: Annotated[
-        str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.", show_default=False)
-    ],
+    output: Annotated[str, typer.Option("--output", "-o", help="The .onnx file to write.", show_default=False)],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A recipe's name, or a YAML file.", show_default=False)],
     calibrate: Calibrate = None,
     tokenizer: Tokenizer = None,
     row_mask: RowMask = None,
@@ -274,9 +260,7 @@ def _write_json(path: str, data: Any) -> None:
 @app.command()
 def opt(
     model: Model,
-    pipeline: Annotated[
-        str, typer.Option("--pipeline", "-p", help="Passes, separated by commas.", show_default=False)
-    ],
+    pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="Passes, separated by commas.", show_default=False)],
     output: Annotated[
         str | None,
         typer.Option("--output", "-o", help="Write .onnx or .ir; without it the text goes to stdout."),
@@ -362,9 +346,7 @@ def verify(
         str | None,
         typer.Option("--inputs", help="An .npz file with inputs, beside the random ones."),
     ] = None,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Relative error up to which they are equal.")
-    ] = 1e-5,
+    tolerance: Annotated[float, typer.Option("--tolerance", help="Relative error up to which they are equal.")] = 1e-5,
     count: Annotated[int, typer.Option("--random", help="Sets of random inputs.", min=0)] = 2,
     seed: Seed = 0,
     json: Json = False,
@@ -458,9 +440,7 @@ def _run(arguments: list[str] | None) -> int:
         signal.signal(signal.SIGTERM, _interrupt)
     command = typer.main.get_command(app)
     try:
-        with command.make_context(
-            "planish", sys.argv[1:] if arguments is None else list(arguments)
-        ) as context:
+        with command.make_context("planish", sys.argv[1:] if arguments is None else list(arguments)) as context:
             return int(command.invoke(context) or 0)
     except typer.Exit as done:
         return done.exit_code

@@ -24,7 +24,7 @@ import onnx
 from onnx import ModelProto
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from roundtrip import ORT_ERRORS, run, same, session
+from ort_run import ORT_ERRORS, run, same, session
 
 from planish.capture.from_onnx import from_onnx
 from planish.codegen.onnx import to_model

@@ -20,7 +20,7 @@ from planish.ir.graph import Attribute, Graph, Value
 from planish.ir.types import TensorType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
-from roundtrip import run
+from ort_run import run
 
 OPSETS = (8, 11, 13, 17, 18, 21, 23, 24)
 

@@ -24,6 +24,7 @@ from planish.ir.errors import InvalidModelError, PlanishError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import roundtrip
+from ort_run import run, same
 
 FEEDS = [{"x": np.linspace(-1, 1, 64, dtype=np.float32).reshape(2, 32)}]
 LISTED = list[str]
@@ -331,7 +332,7 @@ def test_external_data_inside_subgraphs_comes_along(tmp_path: Path) -> None:
     again.mkdir()
     write(from_onnx(path), again / "m.onnx")
     feeds = [{"c": np.array(True), "x": np.ones(4, np.float32)}]
-    assert roundtrip.same(roundtrip.run(path, feeds), roundtrip.run(again / "m.onnx", feeds))
+    assert same(run(path, feeds), run(again / "m.onnx", feeds))
 
 
 # -- writing -------------------------------------------------------------------------------------
@@ -344,8 +345,8 @@ def names(folder: Path) -> LISTED:
 def test_weights_in_the_file_by_default(tmp_path: Path) -> None:
     write(from_onnx(linear()), tmp_path / "m.onnx")
     assert names(tmp_path) == ["m.onnx"]
-    expected = roundtrip.run(linear(), FEEDS)
-    assert roundtrip.same(expected, roundtrip.run(tmp_path / "m.onnx", FEEDS))
+    expected = run(linear(), FEEDS)
+    assert same(expected, run(tmp_path / "m.onnx", FEEDS))
 
 
 def test_external_data_stays_external(tmp_path: Path) -> None:
@@ -354,7 +355,7 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
     target.mkdir()
     write(from_onnx(source), target / "m.onnx")
     assert names(target) == ["m.onnx", "m.onnx.data"]
-    assert roundtrip.same(roundtrip.run(source, FEEDS), roundtrip.run(target / "m.onnx", FEEDS))
+    assert same(run(source, FEEDS), run(target / "m.onnx", FEEDS))
     onnx.checker.check_model(target / "m.onnx")
     written = onnx.load(target / "m.onnx", load_external_data=False)
     assert {e.key: e.value for e in written.graph.initializer[0].external_data} == {
@@ -370,7 +371,7 @@ def test_external_data_stays_external(tmp_path: Path) -> None:
 def test_external_data_on_request(tmp_path: Path) -> None:
     write(from_onnx(linear()), tmp_path / "m.onnx", external=True)
     assert names(tmp_path) == ["m.onnx", "m.onnx.data"]
-    assert roundtrip.same(roundtrip.run(linear(), FEEDS), roundtrip.run(tmp_path / "m.onnx", FEEDS))
+    assert same(run(linear(), FEEDS), run(tmp_path / "m.onnx", FEEDS))
 
 
 def test_writing_over_the_weights_that_are_read(tmp_path: Path) -> None:

@@ -24,7 +24,8 @@ from planish.ir.types import TensorType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import roundtrip
-from roundtrip import Case, Feeds, check, run, same
+from ort_run import Feeds, run, same
+from roundtrip import Case, check
 
 
 def capture(model: ModelProto, **options: bool) -> Graph:

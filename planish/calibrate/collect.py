@@ -71,9 +71,7 @@ def sites(graph: Graph, values: Iterable[str] | None = None) -> dict[Value, int]
             raise PlanishError(f"value '{name}': not in the graph", hint=nearest(name, graph.values))
         axis = found.get(value, _channel_axis(value, None))
         if axis is None:
-            raise PlanishError(
-                f"value '{name}': expected a float tensor with a static axis; got {value.type}"
-            )
+            raise PlanishError(f"value '{name}': expected a float tensor with a static axis; got {value.type}")
         chosen[value] = axis
     return chosen
 
@@ -177,9 +175,7 @@ class _Accumulator:
     def finish(self) -> ChannelStats:
         order = np.argsort(self.numbers, kind="stable")
         mean_square = self.total / max(self.count, 1)
-        return ChannelStats(
-            self.axis, self.minimum, self.maximum, mean_square, self.samples[order], self.count
-        )
+        return ChannelStats(self.axis, self.minimum, self.maximum, mean_square, self.samples[order], self.count)
 
 
 def _hash(numbers: np.ndarray, seed: np.uint64) -> np.ndarray:
@@ -310,8 +306,6 @@ def collect(
         raise PlanishError("calibration: no data; expected at least one batch")
     unseen = [v.name for v, a in found.items() if a.count == 0]
     if unseen and mask is not None:
-        raise PlanishError(
-            f"calibration: no row of %{unseen[0]} counts", hint=f"'{mask.name}' is zero everywhere"
-        )
+        raise PlanishError(f"calibration: no row of %{unseen[0]} counts", hint=f"'{mask.name}' is zero everywhere")
     about = {"graph": graph.name, "data": source, "batches": str(count), "rows": str(rows), "seed": str(seed)}
     return Stats({v.name: a.finish() for v, a in found.items() if a.count}, about)

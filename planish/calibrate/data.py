@@ -170,9 +170,7 @@ def _check(path: Path, value: Value, array: np.ndarray, *, lead: bool) -> np.nda
     return cast
 
 
-def _from_arrays(
-    files: list[Path], graph: Graph, batch: int, samples: int | None, source: str
-) -> Calibration:
+def _from_arrays(files: list[Path], graph: Graph, batch: int, samples: int | None, source: str) -> Calibration:
     sets: list[Arrays] = []  # whole sets of inputs
     count = 0
     for path in files:
@@ -276,9 +274,7 @@ def _spread(count: int, samples: int) -> list[int]:
 # -- text ----------------------------------------------------------------------------------------
 
 
-def _from_text(
-    path: Path, graph: Graph, folder: Path, batch: int, length: int, samples: int | None
-) -> Calibration:
+def _from_text(path: Path, graph: Graph, folder: Path, batch: int, length: int, samples: int | None) -> Calibration:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
@@ -294,8 +290,7 @@ def _from_text(
     unknown = [n for n, v in inputs.items() if v.constant is None and n not in TOKENIZER_OUTPUTS]
     if unknown:
         raise PlanishError(
-            f"input '{unknown[0]}': a tokenizer does not give it; "
-            f"expected only {', '.join(TOKENIZER_OUTPUTS)}",
+            f"input '{unknown[0]}': a tokenizer does not give it; expected only {', '.join(TOKENIZER_OUTPUTS)}",
             where=str(inputs[unknown[0]]),
             hint="calibrate with arrays (.npz)",
         )

@@ -49,9 +49,7 @@ def _word_pieces(path: Path, lowercase: bool) -> Tokenizer:
     if missing:
         raise PlanishError(f"{path}: not a WordPiece vocabulary; expected a line '{missing[0]}'")
     made = Tokenizer(models.WordPiece(numbers, unk_token="[UNK]"))
-    steps: list[normalizers.Normalizer] = [
-        normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}&&[^\t\n\r]]|\x{FFFD}"), "")
-    ]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}&&[^\t\n\r]]|\x{FFFD}"), "")]
     if lowercase:
         steps += [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
     made.normalizer = normalizers.Sequence(steps)

@@ -29,6 +29,7 @@ from planish.capture.onnx_proto import (
     refine,
     type_of,
 )
+from planish.capture.onnx_view import View
 from planish.ir import ops
 from planish.ir.constant import Constant
 from planish.ir.errors import InvalidModelError, nearest
@@ -319,7 +320,7 @@ class _Capture:
     def _canonical(self, proto: NodeProto, since: int) -> bool:
         """Convert a node to a canonical op; False if there is no exact converter for it."""
         extra = [o for o in proto.output[1:] if o and o in self.read]
-        view = onnx_ops.View(proto, since, self, only_first=not extra)
+        view = View(proto, since, self, only_first=not extra)
         made = onnx_ops.convert(view)
         if made is None:
             return False

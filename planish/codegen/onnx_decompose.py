@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from planish.codegen.onnx import Emission, emitter
+from planish.codegen.onnx_emission import Emission, emitter
 from planish.ir.constant import Constant
 from planish.ir.graph import Node, Value
 from planish.ir.types import onnx_enum

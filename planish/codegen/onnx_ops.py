@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from planish.codegen import onnx_decompose, onnx_quantised  # noqa: F401  register their emitters
-from planish.codegen.onnx import Emission, emitter
+from planish.codegen.onnx_emission import Emission, emitter
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Node, Value
 from planish.ir.types import onnx_enum

@@ -271,9 +271,7 @@ def _sized(items: Iterable[Any], like: Any) -> Iterable[Any]:
 def _batches(options: CalibrationOptions, graph: Graph) -> tuple[Iterable[Any], str | None, str]:
     data = options.data
     if isinstance(data, str | Path):
-        data = load_calibration(
-            data, graph, options.tokenizer, options.batch, options.length, options.samples
-        )
+        data = load_calibration(data, graph, options.tokenizer, options.batch, options.length, options.samples)
     if isinstance(data, Calibration):
         return data, options.row_mask or data.row_mask, data.source
     if isinstance(data, Stats):
@@ -290,8 +288,7 @@ def _few(graph: Graph, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     tensors = {n: torch.as_tensor(a) if _numeric(a) else a for n, a in batch.items()}
     inputs = {v.name: v.type for v in graph.inputs}
     free = all(
-        isinstance(t := inputs.get(n), TensorType) and t.shape and not isinstance(t.shape[0], int)
-        for n in tensors
+        isinstance(t := inputs.get(n), TensorType) and t.shape and not isinstance(t.shape[0], int) for n in tensors
     )
     if free:
         tensors = {n: t[:2] for n, t in tensors.items()}

@@ -69,9 +69,7 @@ def _bytes(constant: Constant) -> np.ndarray:
     import numpy as np
 
     if constant.dtype == "str":
-        words = [
-            w.decode("latin-1") if isinstance(w, bytes) else str(w) for w in constant.array().reshape(-1)
-        ]
+        words = [w.decode("latin-1") if isinstance(w, bytes) else str(w) for w in constant.array().reshape(-1)]
         return np.frombuffer(json.dumps(words).encode(), np.uint8)
     data = constant.wide() if constant.is_wide else constant.array()
     return np.frombuffer(np.ascontiguousarray(data).tobytes(), np.uint8)

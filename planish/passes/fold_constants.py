@@ -112,15 +112,14 @@ def evaluated(node: Node) -> list[Constant] | None:
     """The results of a node of constants; None where they hinge on how an operand was rounded."""
     import torch
 
-    results = _run(node, torch.float64)
+    if (results := _run(node, torch.float64)) is None:
+        return None
     floats = any(v is not None and is_float(v.dtype) for v in node.operands)
     jumps = node.op.name in JUMPING or any(not is_float(r.dtype) for r in node.results)
-    if results is not None and floats and jumps:
+    if floats and jumps:
         own = _run(node, None)
         if own is None or not all(torch.equal(a.double(), b.double()) for a, b in zip(results, own, strict=True)):
             return None
-    if results is None:
-        return None
     constants = []
     for tensor, result in zip(results, node.results, strict=True):
         assert result.dtype is not None

@@ -204,6 +204,14 @@ def nan_guarded(value: Value) -> Value | None:
     return kept if test.operand(0) is kept else None
 
 
+def widens(addend: Value, value: Value) -> bool:
+    """True if adding it to a value may give that more axes or larger dims."""
+    if addend.shape is None or value.shape is None or len(addend.shape) > len(value.shape):
+        return True
+    pairs = zip(reversed(addend.shape), reversed(value.shape), strict=False)
+    return any(have == 1 != dim for dim, have in pairs)
+
+
 # -- changing ----------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,7 @@ from planish.passes.match import (
     origin,
     same,
     scalar,
+    widens,
 )
 
 SWAP = (0, 1, 3, 2)
@@ -81,8 +82,7 @@ def _forward(node: Node, trail: Trail) -> tuple[Node, Value, bool] | None:
 def _backward(value: Value, trail: Trail, depth: int = 8) -> _Scores | None:
     """Walk from the softmax to the product of q and k."""
     value = origin(value)
-    node = value.producer
-    if node is None or depth == 0:
+    if (node := value.producer) is None or depth == 0:
         return None
     if node.op.name == "matmul" and value.rank == 4:
         return _Scores(node)
@@ -180,18 +180,10 @@ def _match(node: Node, trail: Trail) -> Site | None:
         return trail.miss(4, "q, k and v have not four axes each", scores.product)
     if any(q.shape[a] != w.shape[a] and 1 in (q.shape[a], w.shape[a]) for w in (kt, v) for a in (0, 1)):  # type: ignore[index]
         return trail.miss(4, "q, k and v are broadcast against each other", scores.product)
-    if any(_widens(mask, scores.product.result) for _, mask in scores.masks):
+    if any(widens(mask, scores.product.result) for _, mask in scores.masks):
         return trail.miss(5, "the scores are broadcast against the mask", scores.product)
     parts = {"scores": scores, "q": q, "kt": kt, "v": v, "safe": guarded}
     return Site(root, (q, kt, v, *(m for _, m in scores.masks)), parts)
-
-
-def _widens(mask: Value, scores: Value) -> bool:
-    """True if a mask may have axes or dims that the scores have not."""
-    if mask.shape is None or scores.shape is None or len(mask.shape) > 4:
-        return True
-    pairs = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
-    return any(have == 1 != dim for dim, have in pairs)
 
 
 def _mask(rewriter: Rewriter, masks: Sequence[tuple[str, Value]], dtype: str, root: Node) -> Value | None:

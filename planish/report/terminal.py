@@ -161,9 +161,7 @@ def _tensors(row: SpaceRow, everything: bool) -> str:
         return "\n".join(row.tensors)
     if len(row.tensors) == 1:
         return row.first
-    return f"{row.first}\n... {row.last}" + (
-        f"\n({len(row.tensors)} tensors)" if len(row.tensors) > 2 else ""
-    )
+    return f"{row.first}\n... {row.last}" + (f"\n({len(row.tensors)} tensors)" if len(row.tensors) > 2 else "")
 
 
 def _blocked(row: SpaceRow, everything: bool, only: str | None) -> str:
@@ -189,16 +187,13 @@ def _show_sums(terminal: Terminal, found: Inspection, only: str | None) -> None:
     opaque = sum(found.opaque.values())
     kinds = ", ".join(f"{op} {n}" for op, n in list(found.opaque.items())[:5])
     terminal.show(
-        f"graph {found.graph}: {found.nodes} nodes"
-        + (f", {opaque} of them opaque ({kinds})" if opaque else "")
+        f"graph {found.graph}: {found.nodes} nodes" + (f", {opaque} of them opaque ({kinds})" if opaque else "")
     )
     for act, count in found.by_act.items():
         if only in (None, act):
             lift = found.lifts.get(act)
             explicit = _lift_text(found, act) if lift else ""
-            terminal.show(
-                f"{act}: {count.spaces} spaces, {count.admitted} free ({count.channels} channels){explicit}"
-            )
+            terminal.show(f"{act}: {count.spaces} spaces, {count.admitted} free ({count.channels} channels){explicit}")
     groups = ", ".join(f"{name} {n}" for name, n in found.by_group.items())
     terminal.show(f"sets of tensors by what is free: {groups or 'none'}")
     if found.linears:
@@ -231,9 +226,7 @@ def show_lint(terminal: Terminal, lint: Lint) -> None:
             terminal.show(f"  {reason}")
         if not verdict.agree:
             numbers = "the same outputs" if verdict.numerical else "different outputs"
-            terminal.show(
-                f"  the two judges disagree: by analysis {word.lower()}, on the inputs tried {numbers}"
-            )
+            terminal.show(f"  the two judges disagree: by analysis {word.lower()}, on the inputs tried {numbers}")
     if lint.unchecked:
         terminal.show(f"not checked on numbers: {lint.unchecked}")
     good = sum(v.identity and v.agree for v in lint.verdicts)
@@ -293,6 +286,5 @@ def show_comparison(terminal: Terminal, found: Comparison) -> None:
         terminal.show(f"{found.narrow} nodes could only be evaluated in float32")
     word = "equal" if found.equal else "DIFFERENT"
     terminal.show(
-        f"{word}: relative error {found.error:.3e}, tolerance {found.tolerance:g}, "
-        f"{found.inputs} sets of inputs"
+        f"{word}: relative error {found.error:.3e}, tolerance {found.tolerance:g}, {found.inputs} sets of inputs"
     )
