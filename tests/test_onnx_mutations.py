@@ -51,4 +51,4 @@ def test_three_hundred_damaged_copies_of_an_encoder(tmp_path: Path) -> None:
     path.write_bytes(encoder().SerializeToString())
     verdicts = judge(path, 1000, 300)
     assert verdicts["error"] >= 150
-    assert verdicts["same"] >= 20
+    assert verdicts["same"] >= 12

@@ -327,7 +327,11 @@ class _Capture:
         results = [o for o in proto.output if o] if made.results is None else list(proto.output[: made.results])
         if not all(results):
             return False
-        node = Node(ops.get(made.op), [view.resolve(o) for o in made.operands], made.attributes)
+        row = ops.get(made.op)
+        needed = [i for i, param in enumerate(row.params) if not (param.optional or param.variadic)]
+        if any(i >= len(made.operands) or made.operands[i] is None for i in needed):
+            return False
+        node = Node(row, [view.resolve(o) for o in made.operands], made.attributes)
         inferred = node.op.infer(node)
         if len(inferred) != len(results):
             return False

@@ -80,46 +80,68 @@ def _check(space: Space, transform: Transform) -> None:
 
 
 def transformed(member: Member, transform: Transform) -> np.ndarray:
-    """The data of a constant member after the transform, float64."""
+    """The data of a constant member after the transform, float64.
+
+    A private constant is read from its node: another space of the same analysis may have remade it.
+    """
     value = member.value
+    if member.private:
+        assert member.node is not None
+        value = member.node.operand(member.port)
     if value is None:
         assert member.grow is not None and member.neutral is not None
-        data = np.full(member.grow, member.neutral)
-    else:
-        assert value.constant is not None
-        data = value.constant.wide()
-        if member.grow is not None:
-            data = np.broadcast_to(data, member.grow)
+        return _applied(member, np.full(member.grow, member.neutral), transform)
+    assert value.constant is not None
+    data = value.constant.wide()
+    if member.grow is not None:
+        data = np.broadcast_to(data, np.broadcast_shapes(data.shape, member.grow))
+    return _applied(member, data, transform)
+
+
+def _applied(member: Member, data: np.ndarray, transform: Transform) -> np.ndarray:
+    """The transform on an array of the member's shape, or on one that was grown from it to the left."""
     shape = data.shape
     if member.view is not None:
         data = data.reshape(member.view)
-    data = apply(data + member.offset, member.axes, transform, member.atoms, member.variance) - member.offset
+    given = member.grow or member.view or (member.value.shape if member.value is not None else None)
+    assert given is not None
+    axes = tuple(a + data.ndim - len(given) for a in member.axes)
+    data = apply(data + member.offset, axes, transform, member.atoms, member.variance) - member.offset
     return data.reshape(shape)
 
 
 def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform) -> None:
-    data = transformed(member, transform)
     value = member.value
-    if not member.private:
-        assert value is not None and value.constant is not None
-        rewriter.set_constant(value, Constant(data, value.constant.dtype, data.shape), readers="all")
+    if member.private:
+        assert member.node is not None
+        _give(rewriter, member.node, member.port, transformed(member, transform))
         return
-    assert member.node is not None
-    _give(rewriter, member.node, member.port, data)
+    assert value is not None
+    heirs = [value]
+    for one in heirs:  # and the copies that another space of the same analysis made private
+        assert one.constant is not None
+        data = _applied(member, one.constant.wide(), transform)
+        rewriter.set_constant(one, Constant(data, one.constant.dtype, data.shape), readers="all")
+        heirs += rewriter.heirs.get(one, ())
 
 
 def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> None:
-    """Make operand `port` of a node a constant of its own with this data."""
+    """Make operand `port` of a node a constant of its own with this data.
+
+    A constant keeps its shape: what is grown is a new one, since members name axes of the old.
+    """
     old = node.operand(port)
     dtype = old.dtype if old is not None else node.result.dtype
     assert dtype is not None
     constant = Constant(np.array(data, np.float64), dtype, data.shape)
-    outputs = rewriter.graph.output_values()
-    if old is not None and old.is_constant and len(old.users) == 1 and not any(v is old for v in outputs):
-        rewriter.set_constant(old, constant)
-        return
-    hint = old.name if old is not None else f"{node.result.name}.{node.op.params[port].name}"
-    rewriter.set_operand(node, port, rewriter.constant(constant, hint))
+    if old is not None and old.is_constant and len(old.users) == 1 and old.shape == constant.shape:
+        if not any(v is old for v in rewriter.graph.output_values()):
+            rewriter.set_constant(old, constant)
+            return
+    made = rewriter.constant(constant, old.name if old is not None else f"{node.result.name}.{node.op.params[port].name}")
+    rewriter.set_operand(node, port, made)
+    if old is not None:
+        rewriter.heirs.setdefault(old, []).append(made)
 
 
 def _spread(transform: Shift, atoms: np.ndarray | None, count: int, variance: int) -> np.ndarray:

@@ -28,11 +28,16 @@ class Declined(Exception):
 
 
 class Rewriter:
-    """Edits one graph. Call `sweep` (or leave the `with` block) to drop what became dead."""
+    """Edits one graph. Call `sweep` (or leave the `with` block) to drop what became dead.
+
+    Attributes:
+        heirs: the constants that were made for one reader of an older one (`planish.ir.absorb`).
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.edits = 0
+        self.heirs: dict[Value, list[Value]] = {}
 
     def __enter__(self) -> Rewriter:
         return self

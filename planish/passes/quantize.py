@@ -11,6 +11,10 @@ around the same linears: every target lowers that form. An activation with sever
 quantised once. Lossy: reports the signal-to-noise ratio of each weight and, where there are
 statistics, of each activation.
 
+With statistics, `solver=gptq` picks the weight codes so that the output of the layer is kept
+(`planish.passes.solvers`), and `bias_correction` adds to each bias the mean error of its output over
+the samples, E[x W^T - Q(x) Q(W)^T] (Nagel et al., arXiv 1906.04721): neither costs anything at run time.
+
 `static_range` picks the calibrated range: `min-max`; `percentile` (of the sampled elements); `mse` (the
 clipping of that range with the least squared rounding error on the samples).
 """
@@ -29,7 +33,8 @@ from planish.ir.graph import Graph, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import ChannelStats, Stats
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
-from planish.passes.sites import READERS, reads_by_weight
+from planish.passes.sites import READERS, reads_by_weight, weight_matrix
+from planish.passes.solvers import gptq, hessian, round_to_nearest
 
 CLIPS = np.linspace(1.0, 0.5, 51)  # fractions of the range tried by the mse searches
 
@@ -89,6 +94,8 @@ class Quantize(Pass):
 
     activations: Literal["dynamic", "token", "static", "none"] = "dynamic"
     weight_clip: Literal["max", "mse"] = "max"
+    solver: Literal["rtn", "gptq"] = "rtn"  # gptq needs statistics
+    bias_correction: bool = False  # needs statistics
     static_range: Literal["min-max", "percentile", "mse"] = "min-max"
     percentile: float = 99.99  # percent of the elements inside the range
     embeddings: bool = True  # quantise embedding tables too
@@ -97,8 +104,17 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
-        if self.activations == "static" and context.stats is None:
-            raise PlanishError("pass 'quantize': activations=static needs calibration statistics")
+        wanting = [
+            text
+            for text, wanted in (
+                ("activations=static", self.activations == "static"),
+                ("solver=gptq", self.solver == "gptq"),
+                ("bias-correction=true", self.bias_correction),
+            )
+            if wanted
+        ]
+        if wanting and context.stats is None:
+            raise PlanishError(f"pass 'quantize': {wanting[0]} needs calibration statistics")
         shared: dict[Value, Value] = {}
         weights: dict[Value, Value] = {}
         with Rewriter(graph) as rewriter:
@@ -142,16 +158,53 @@ class Quantize(Pass):
             raise Declined(f"its operands are {x.dtype} and {weight.dtype}; expected f32", node)
         if self.activations == "static" and x not in shared and (stats is None or x.name not in stats):
             raise Declined("no statistics of what it reads", node)
+        samples = stats.of(x.name).samples if stats is not None and x.name in stats else None
+        exact = weight_matrix(node)
         if weight not in weights:
-            weights[weight] = self._weight(node, weight, rewriter, report)
+            weights[weight] = self._weight(node, weight, rewriter, report, samples)
         rewriter.set_operand(node, 1, weights[weight])
         if self.activations != "none":
             if x not in shared:
                 shared[x] = self._activation(x, node, rewriter, stats, report)
             rewriter.set_operand(node, 0, shared[x])
+        if self.bias_correction and samples is not None and node.op.name == "linear":
+            self._correct_bias(node, rewriter, exact, samples)
         return True
 
-    def _weight(self, node: Node, weight: Value, rewriter: Rewriter, report: PassReport) -> Value:
+    def _correct_bias(self, node: Node, rewriter: Rewriter, exact: np.ndarray, samples: np.ndarray) -> None:
+        """bias += E[x W^T - Q(x) Q(W)^T] over the sampled rows."""
+        made = node.operands[1].producer if node.operands[1] is not None else None
+        bias = node.operand(2)
+        if made is None or (bias is not None and not bias.is_constant):
+            return
+        codes, scale = (v.constant for v in made.operands[:2] if v is not None)
+        assert codes is not None and scale is not None
+        rows = codes.array().astype(np.float64)
+        rows = rows.T if node.attributes.get("transposed", False) else rows
+        x = samples.astype(np.float64)
+        error = x.mean(0) @ exact.T - self._rounded(x, node).mean(0) @ (rows * scale.wide()[:, None]).T
+        old = bias.constant.wide() if bias is not None and bias.constant is not None else np.zeros(len(error))
+        name = bias.name if bias is not None else f"{node.result.name}.bias"
+        rewriter.set_operand(node, 2, rewriter.constant(Constant(old + error, "f32", error.shape), name))
+
+    def _rounded(self, x: np.ndarray, node: Node) -> np.ndarray:
+        """The samples as the quantised node sees them."""
+        if self.activations == "none":
+            return x
+        if self.activations == "token":
+            scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-30) / 127.0
+            return np.round(x / scale) * scale
+        step, zero = _affine(min(float(x.min()), 0.0), max(float(x.max()), 0.0))
+        if self.activations == "static":
+            made = node.operands[0].producer if node.operands[0] is not None else None
+            assert made is not None
+            held = [v.constant.wide() for v in made.operands[1:3] if v is not None and v.constant is not None]
+            step, zero = float(held[0]), int(held[1])
+        return (np.clip(np.round(x / step) + zero, 0, 255) - zero) * step
+
+    def _weight(
+        self, node: Node, weight: Value, rewriter: Rewriter, report: PassReport, samples: np.ndarray | None
+    ) -> Value:
         assert weight.constant is not None
         data = weight.constant.wide()
         if not np.isfinite(data).all():
@@ -163,7 +216,10 @@ class Quantize(Pass):
             axis = 1
         rows = np.moveaxis(data, axis, 0).reshape(data.shape[axis], -1)
         scale = choose_weight_scale(rows, self.weight_clip).astype(np.float32).astype(np.float64)
-        codes = np.clip(np.round(rows / scale[:, None]), -127, 127)
+        if self.solver == "gptq" and samples is not None and node.op.name != "conv":
+            codes, _ = gptq(rows, scale, 127, hessian(samples))
+        else:
+            codes = round_to_nearest(rows, scale, 127)
         report.figures.setdefault("weights", {})[weight.name] = {"sqnr_db": sqnr(rows, codes * scale[:, None])}
         folded = np.moveaxis(codes.reshape(np.moveaxis(data, axis, 0).shape), 0, axis).astype(np.int8)
         operands = [
@@ -218,7 +274,7 @@ class Quantize(Pass):
         if not np.isfinite(data).all():
             raise PlanishError(f"table '{table.name}': holds NaN or infinity", where=place(node))
         scale = choose_weight_scale(data, self.weight_clip).astype(np.float32).astype(np.float64)[:, None]
-        codes = np.clip(np.round(data / scale), -127, 127)
+        codes = round_to_nearest(data, scale[:, 0], 127)
         report.figures.setdefault("weights", {})[table.name] = {"sqnr_db": sqnr(data, codes * scale)}
         held = rewriter.constant(Constant.of(codes.astype(np.int8)), f"{table.name}.codes")
         scales = rewriter.constant(Constant(scale, "f32", scale.shape), f"{table.name}.scale")

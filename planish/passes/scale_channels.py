@@ -146,7 +146,8 @@ class ScaleChannels(Pass):
     def _site(self, rewriter: Rewriter, space: Space, site: Site, context: Context, report: PassReport) -> None:
         if space.blockers and not self.insert:
             raise Declined(space.blockers[0].reason, space.blockers[0].node)
-        samples = torch.from_numpy(np.ascontiguousarray(site.samples[: self.rows]))
+        picked = np.linspace(0, len(site.samples) - 1, min(self.rows, len(site.samples))).astype(np.int64)
+        samples = torch.from_numpy(np.ascontiguousarray(site.samples[picked]))
         weights = [torch.from_numpy(w.astype(np.float32)) for w in site.weights()]
         judge = Judge(samples, weights, Quantiser(self.granularity))
         before = judge.error(None)
