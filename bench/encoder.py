@@ -312,7 +312,8 @@ def ablation(label: str, work: Path) -> str:
     path = work / f"ablation-{label}.yaml"
     path.write_text(
         f"name: ablation-{label}\nsummary: what the passes contribute\n"
-        f"pipeline: raise,{passes[label]}quantize{{activations=dynamic}}\ncalibration: {'false' if label == 'none' else 'true'}\ntarget: ort\n"
+        f"pipeline: raise,{passes[label]}quantize{{activations=dynamic}}\n"
+        f"calibration: {'false' if label == 'none' else 'true'}\ntarget: ort\n"
     )
     return str(path)
 

@@ -81,8 +81,9 @@ def main(folder: Path) -> None:
 
     # What may be transformed free of cost, and what blocks the rest.
     for row in planish.inspect(graph).rows:
-        blocked = {act: str(found[0]) for act, found in row.blockers.items()}
-        print(f"  {row.first} ({row.size} channels): {row.group}" + (f"; blocked: {blocked}" if blocked else ""))
+        print(f"  {row.first}, {row.size} channels: {row.group}")
+        for act, obstacles in row.blockers.items():
+            print(f"    no {act}: {obstacles[0]}")
 
     # Calibrate, and run the same quantisation without and with the exact passes.
     stats = planish.collect(graph, batches(8, seed=1))
@@ -98,8 +99,10 @@ def main(folder: Path) -> None:
         difference = run(written, held_out) - expected
         print(f"{label}: relative error {np.linalg.norm(difference) / np.linalg.norm(expected):.4f} in ONNX Runtime")
         for done in report.passes:
-            exact = "" if done.error is None else f", exact to {done.error:.0e}"
-            print(f"  {done.name}: {len(done.applied)} applied{exact}" + (f", {done.inserted} op inserted" if done.inserted else ""))
+            remarks = f"{len(done.applied)} applied"
+            remarks += "" if done.error is None else f", error in float64 {done.error:.0e}"
+            remarks += f", {done.inserted} op inserted" if done.inserted else ""
+            print(f"  {done.name}: {remarks}")
             for reason, places in done.declined.items():
                 print(f"    declined: {reason} ({places[0]})")
 

@@ -112,7 +112,8 @@ class _Maker:
             case 24:
                 made = [self.op("mul", x, self.normal("c", *((shape[last],) if c else ())))]
             case 25 | 26:
-                made = [self.op("layer_norm", x, self.normal("gain", shape[last]), self.normal("beta", shape[last]), eps=1e-5)]
+                vectors = [self.normal(name, shape[last]) for name in ("gain", "beta")]
+                made = [self.op("layer_norm", x, *vectors, eps=1e-5)]
             case 27:
                 gain = self.normal("gain", shape[last]) if c else None
                 made = [self.op("rms_norm", x, gain, eps=1e-5)]

@@ -113,8 +113,7 @@ def test_hints() -> None:
 
 def test_failures_name_the_node() -> None:
     g = parse(
-        'graph @g(%x: f32[n, m], %y: f32[k, l]) {\n %z: f32[?, ?] = matmul(%x, %y) from "/mm"\n'
-        ' return %z as "z"\n}'
+        'graph @g(%x: f32[n, m], %y: f32[k, l]) {\n %z: f32[?, ?] = matmul(%x, %y) from "/mm"\n return %z as "z"\n}'
     )
     check_text(g)
     with pytest.raises(PlanishError) as caught:
@@ -282,9 +281,7 @@ def test_onnx_node_that_runs_in_float32_only() -> None:
 @pytest.mark.parametrize("dtype", [None, torch.float64])
 def test_dtypes_that_numpy_lacks(dtype: torch.dtype | None) -> None:
     codes = Constant.of(np.array([[1, -2, 7, -8]], numpy_dtype("i4")))
-    (y,), _ = opaque(
-        "onnx::DequantizeLinear", [codes, Constant.of(np.float32(0.5))], {"onnx_opset": 21}, [F32], dtype
-    )
+    (y,), _ = opaque("onnx::DequantizeLinear", [codes, Constant.of(np.float32(0.5))], {"onnx_opset": 21}, [F32], dtype)
     assert y.tolist() == [[0.5, -1.0, 3.5, -4.0]]
     (y,), _ = opaque("onnx::Neg", [X.bfloat16()], {"onnx_opset": 13}, [TensorType("bf16")], dtype)
     assert y.dtype == (dtype or torch.bfloat16)
@@ -322,9 +319,7 @@ def test_subgraphs_read_what_they_capture(condition: bool, dtype: torch.dtype | 
 
 def test_absent_operands_and_results() -> None:
     rng = np.random.default_rng(3)
-    x, w, r = (
-        torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((5, 2, 3), (1, 16, 3), (1, 16, 4))
-    )
+    x, w, r = (torch.from_numpy(rng.normal(size=s).astype(np.float32)) for s in ((5, 2, 3), (1, 16, 3), (1, 16, 4)))
     start = torch.ones(1, 2, 4)
     types = [OtherType("absent"), F32, F32]
     results, narrowed = opaque(
@@ -342,9 +337,7 @@ def test_strings_and_sequences() -> None:
     g = Graph()
     x = g.add_input("x", F32)
     sequence = g.append(ops.get("onnx::SplitToSequence"), [x], {"onnx_opset": 11}, types=[UNKNOWN]).result
-    joined = g.append(
-        ops.get("onnx::ConcatFromSequence"), [sequence], {"axis": 1, "onnx_opset": 11}, types=[F32]
-    )
+    joined = g.append(ops.get("onnx::ConcatFromSequence"), [sequence], {"axis": 1, "onnx_opset": 11}, types=[F32])
     g.add_output("y", joined.result)
     check_text(g)
     assert evaluate(g, {"x": X})["y"].shape == (1, 6)

@@ -50,9 +50,7 @@ def imported_parts(path: Path, library: Path) -> Iterator[tuple[int, str]]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             names = [f"{module}.{alias.name}" for alias in node.names] if module == "planish" else [module]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            function = (
-                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            )
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if function in ("import_module", "__import__"):
                 names = [str(node.args[0].value)]
         for name in names:
@@ -85,23 +83,17 @@ def architecture_names(path: Path) -> list[str]:
     prose = {
         id(node.value)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     }
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant):
             words = [node.value] if isinstance(node.value, str) and id(node) not in prose else []
         else:
-            fields = (
-                getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname", "module")
-            )
+            fields = (getattr(node, field, None) for field in ("id", "attr", "arg", "name", "asname", "module"))
             words = [field for field in fields if isinstance(field, str)]
         for word in words:
-            spaced = re.sub(
-                r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", word
-            )  # GPTNeoX: GPT_Neo_X
+            spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", word)  # GPTNeoX: GPT_Neo_X
             names = sorted({*_NAMES.findall(word.lower()), *_NAMES.findall(spaced.lower())})
             found += [f"{path.name}:{getattr(node, 'lineno', 0)}: {name}" for name in names]
     return found

@@ -160,7 +160,8 @@ def test_rotation_waits_for_the_gain() -> None:
     """An affine RMSNorm blocks a rotation; with the gain folded away it does not."""
     b = Builder()
     graph = affine_norm(b)
-    blocked = [s for s in analyse(graph).of(Act.ROTATE) if any(v.value.producer and v.value.producer.op.name == "rms_norm" for v in s.activations if v.value)]
+    norms = [n.result for n in graph.nodes if n.op.name == "rms_norm"]
+    blocked = [s for s in analyse(graph).of(Act.ROTATE) if any(m.value in norms for m in s.activations)]
     assert blocked and not any(s.admitted for s in blocked)
     b = Builder()
     h = b.op("rms_norm", b.linear(b.x), eps=1e-6)

@@ -25,9 +25,7 @@ REPORT = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for 
 
 def loaded_after(code: str) -> set[str]:
     """The top-level modules that a fresh interpreter has loaded once it ran `code`."""
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\n{REPORT}"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{REPORT}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout.splitlines()[-1]))
 

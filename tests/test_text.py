@@ -120,9 +120,7 @@ def test_attributes_that_look_alike_differ() -> None:
 
 def leaves() -> st.SearchStrategy[Attribute]:
     blobs = st.builds(Blob, st.text(max_size=5), st.binary(max_size=1500))
-    return st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters()), st.binary(), blobs
-    )
+    return st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(st.characters()), st.binary(), blobs)
 
 
 @given(st.recursive(leaves(), lambda inner: st.lists(inner, max_size=4).map(tuple)), st.text(min_size=1))
@@ -237,9 +235,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("right", "wrong", "what", "where", "hint"), MISTAKES, ids=[m[2][:30] for m in MISTAKES]
-)
+@pytest.mark.parametrize(("right", "wrong", "what", "where", "hint"), MISTAKES, ids=[m[2][:30] for m in MISTAKES])
 def test_errors(right: str, wrong: str, what: str, where: str, hint: str | None) -> None:
     assert right in SMALL
     with pytest.raises(PlanishError) as caught:
@@ -267,9 +263,7 @@ def test_caret_stands_under_the_mistake() -> None:
     with pytest.raises(PlanishError) as caught:
         parse("graph @g(%x: f32[2]) {\n  %y: f32[2] = relu(%z)\n  return\n}")
     assert str(caught.value) == (
-        "text: %z: not defined here\n  in line 2, column 21\n"
-        "      %y: f32[2] = relu(%z)\n"
-        "                        ^"
+        "text: %z: not defined here\n  in line 2, column 21\n      %y: f32[2] = relu(%z)\n                        ^"
     )
 
 
@@ -306,9 +300,7 @@ def test_large_graphs_take_seconds(seed: int) -> None:
     x = graph.add_input("x", X)
     for i in range(100_000):
         w = graph.add_constant(f"w{i}", Constant.of(rng.normal(size=1))) if i % 10 == 0 else x
-        x = graph.append(
-            ops.get("onnx::Odd"), [x, w], {"axis": -1, "perm": (0, 1)}, types=[X], source=f"/l.{i}"
-        ).result
+        x = graph.append(ops.get("onnx::Odd"), [x, w], {"axis": -1, "perm": (0, 1)}, types=[X], source=f"/l.{i}").result
     graph.add_output("y", x)
     start = time.perf_counter()
     check_text(graph)

@@ -126,9 +126,7 @@ def test_types(type_: str) -> None:
     assert caught.value.what == f"%a: wrong type; expected f32[batch, 3], got {type_}"
 
 
-@pytest.mark.parametrize(
-    "type_", ["f32[*]", "f32[?, ?]", "f32[other, 3]", "f32[8, 3]", "f32[batch, n]", "unknown"]
-)
+@pytest.mark.parametrize("type_", ["f32[*]", "f32[?, ?]", "f32[other, 3]", "f32[8, 3]", "f32[batch, n]", "unknown"])
 def test_types_that_leave_something_open_fit(type_: str) -> None:
     verify(parse(TEXT.replace("%a: f32[batch, 3]", f"%a: {type_}")))
 

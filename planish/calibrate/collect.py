@@ -246,7 +246,7 @@ def collect(
     batches: Iterable[Batch],
     *,
     values: Iterable[str] | None = None,
-    rows: int = 512,
+    rows: int = 2048,
     row_mask: str | None = None,
     seed: int = 0,
     source: str = "",

@@ -63,10 +63,13 @@ def lower(graph: Graph, report: PassReport) -> None:
 
 
 class _Rows:
-    """A value quantised per row: the flattened codes, the row scales [T, 1], and the shape to go back to."""
+    """A value quantised per row: flattened codes, row scales [T, 1], the leading dims to go back to.
 
-    def __init__(self, codes: Value, scale: Value, dims: Value) -> None:
-        self.codes, self.scale, self.dims = codes, scale, dims
+    The codes stand for x - `offset`, and `zero` is their constant zero point.
+    """
+
+    def __init__(self, codes: Value, scale: Value, dims: Value, zero: int, offset: float) -> None:
+        self.codes, self.scale, self.dims, self.zero, self.offset = codes, scale, dims, zero, offset
 
 
 def _source(value: Value | None) -> Node | None:
@@ -102,14 +105,24 @@ def _linear(node: Node, rewriter: Rewriter, rows: dict[Value, _Rows]) -> bool:
     data, weight_scale = weight
     held = rewriter.constant(Constant.of(data), f"{node.result.name}.codes")
     dynamic = codes.producer
-    token = dynamic is not None and dynamic.op.name == "dynamic_quantize" and dynamic.attributes.get("granularity") == "token"
+    token = (
+        dynamic is not None
+        and dynamic.op.name == "dynamic_quantize"
+        and dynamic.attributes.get("granularity") == "token"
+    )
     op, attributes = _contrib("MatMulIntegerToFloat")
     if not token:
         if scale.rank != 0:
             raise Declined("its activation has a vector of scales: no fast kernel", node)
         operands = [codes, held, scale, weight_scale, zero, None, node.operand(2)]
         made = rewriter.insert(
-            op, operands, attributes, before=node, types=[node.result.type], names=[node.result.name], source=node.source
+            op,
+            operands,
+            attributes,
+            before=node,
+            types=[node.result.type],
+            names=[node.result.name],
+            source=node.source,
         )
         rewriter.replace_node(node, made.result)
         return True
@@ -120,18 +133,15 @@ def _linear(node: Node, rewriter: Rewriter, rows: dict[Value, _Rows]) -> bool:
         rows[x] = _quantise_rows(x, dynamic, rewriter)
     flat = rows[x]
     one = rewriter.constant(Constant.of(np.float32(1.0)), "one")
-    half = rewriter.constant(Constant.of(np.uint8(128)), "half")
+    half = rewriter.constant(Constant.of(np.uint8(flat.zero)), "zero")
     outputs = data.shape[1]
     flat_type = TensorType("f32", (None, outputs))
     product = rewriter.insert(
         op, [flat.codes, held, one, weight_scale, half], attributes, before=node, types=[flat_type], source=node.source
     ).result
     scaled = rewriter.insert("mul", [product, flat.scale], before=node, types=[flat_type], source=node.source).result
-    bias = node.operand(2)
+    bias = _row_bias(node, rewriter, data, weight_scale, flat.offset)
     if bias is not None:
-        if bias.is_constant and bias.constant is not None:
-            matrix = bias.constant.wide().reshape(1, -1)
-            bias = rewriter.constant(Constant(matrix, bias.constant.dtype, matrix.shape), bias.name)
         scaled = rewriter.insert("add", [scaled, bias], before=node, types=[flat_type], source=node.source).result
     last = rewriter.constant(Constant.of(np.array([outputs], np.int64)), "last")
     dims = rewriter.insert("concat", [flat.dims, last], {"axis": 0}, before=node, source=node.source).result
@@ -140,32 +150,62 @@ def _linear(node: Node, rewriter: Rewriter, rows: dict[Value, _Rows]) -> bool:
     return True
 
 
+def _row_bias(node: Node, rewriter: Rewriter, codes: np.ndarray, scale: Value, offset: float) -> Value | None:
+    """The bias as [1, N], with what the offset of the codes adds to each output."""
+    bias = node.operand(2)
+    if bias is not None and not bias.is_constant:
+        if offset:
+            raise Declined("its bias is not a constant", node)
+        return bias
+    if bias is None and not offset:
+        return None
+    matrix = bias.constant.wide().reshape(1, -1) if bias is not None and bias.constant is not None else 0.0
+    if offset:
+        assert scale.constant is not None
+        matrix = matrix + offset * codes.astype(np.float64).sum(0, keepdims=True) * scale.constant.wide()
+    assert isinstance(matrix, np.ndarray)
+    name = bias.name if bias is not None else f"{node.result.name}.bias"
+    return rewriter.constant(Constant(matrix, "f32", matrix.shape), name)
+
+
 def _quantise_rows(x: Value, dynamic: Node, rewriter: Rewriter) -> _Rows:
-    """QuantizeLinear of the flattened rows, each with its own scale max |row| / 127 and zero point 128."""
+    """QuantizeLinear of the flattened rows, each with its own scale (see `dynamic_quantize`)."""
     assert x.shape is not None
     width = x.shape[-1]
     source = dynamic.source
 
-    def insert(op: str, operands: list[Value | None], attributes: dict[str, object] | None = None, **more: object) -> Value:
+    def insert(
+        op: str, operands: list[Value | None], attributes: dict[str, object] | None = None, **more: object
+    ) -> Value:
         return rewriter.insert(op, operands, attributes, before=dynamic, source=source, **more).result  # type: ignore[arg-type]
 
     def constant(data: np.ndarray, hint: str) -> Value:
         return rewriter.constant(Constant.of(data), hint)
 
+    def scalar(value: float) -> Value:
+        return constant(np.array(value, np.float32), "scalar")
+
     if not isinstance(width, int):
         raise Declined("its width is not static", dynamic)
     flat = insert("reshape", [x, constant(np.array([-1, width], np.int64), "rows")])
     high = insert("reduce_max", [flat], {"axes": (-1,), "keepdims": False})
-    low = insert("reduce_min", [flat], {"axes": (-1,), "keepdims": False})
-    largest = insert("max", [high, insert("neg", [low])])
-    largest = insert("max", [largest, constant(np.array(ROW_FLOOR, np.float32), "floor")])
-    scale = insert("mul", [largest, constant(np.array(1.0 / 127.0, np.float32), "step")])
-    half = constant(np.array([128], np.uint8), "half")
-    zeros = insert("expand", [half, insert("shape", [scale])])
+    floor = dynamic.attributes.get("floor")
+    if isinstance(floor, float):
+        room = insert("add", [insert("max", [high, scalar(0.0)]), scalar(floor)])
+        zero = insert("max", [insert("floor", [insert("div", [scalar(255.0 * floor), room])]), scalar(1.0)])
+        scale = insert("div", [scalar(floor), zero])
+        zeros = insert("cast", [zero], {"to": "u8"})
+        constant_zero, offset = 0, -floor
+    else:
+        low = insert("reduce_min", [flat], {"axes": (-1,), "keepdims": False})
+        largest = insert("max", [insert("max", [high, insert("neg", [low])]), scalar(ROW_FLOOR)])
+        scale = insert("mul", [largest, scalar(1.0 / 127.0)])
+        zeros = insert("expand", [constant(np.array([128], np.uint8), "half"), insert("shape", [scale])])
+        constant_zero, offset = 128, 0.0
     codes = insert("quantize", [flat, scale, zeros], {"dtype": "u8", "axis": 0})
     column = insert("unsqueeze", [scale], {"axes": (-1,)})
     dims = insert("shape", [x], {"start": 0, "end": -1})
-    return _Rows(codes, column, dims)
+    return _Rows(codes, column, dims, constant_zero, offset)
 
 
 # -- residual sums ---------------------------------------------------------------------------------
@@ -274,7 +314,8 @@ def _attention(node: Node, rewriter: Rewriter, masks: dict[Value, Value]) -> Non
     merge = turn.result.users[0] if len(turn.result.users) == 1 else None
     if merge is None or merge.op.name != "reshape" or merge.result.rank != 3:
         raise Declined("its heads are not merged", node)
-    width = q[0].shape[-1] if v[1] == q[1] and q[0].shape is not None else None
+    size = v[0].shape[-1] if v[0].shape is not None else None
+    width = q[1] * (size // v[1]) if isinstance(size, int) else None
     if merge.result.shape is None or width is None or merge.result.shape[-1] != width:
         raise Declined("its heads are merged into another shape", node)
     attributes: dict[str, object] = {

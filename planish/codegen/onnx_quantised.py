@@ -2,7 +2,8 @@
 
 quantize          QuantizeLinear
 dequantize        DequantizeLinear; Cast, Sub, Mul where the scale is one per row
-dynamic_quantize  DynamicQuantizeLinear; per row: codes = clip(round(x / s) + 128), s = max |row| / 127
+dynamic_quantize  DynamicQuantizeLinear; per row: codes = clip(round(x / s) + 128), s = max |row| / 127;
+                  with a floor: see `_floored`
 """
 
 from __future__ import annotations
@@ -48,6 +49,10 @@ def _dynamic_quantize(node: Node, e: Emission) -> None:
     assert x is not None
     symmetric = bool(node.attributes.get("symmetric", False))
     token = node.attributes.get("granularity", "tensor") == "token"
+    floor = node.attributes.get("floor")
+    if isinstance(floor, float):
+        _floored(node, e, floor, token)
+        return
     if not token and not symmetric:
         e.add("DynamicQuantizeLinear", [e.name(x)], e.outputs(node))
         return
@@ -65,3 +70,19 @@ def _dynamic_quantize(node: Node, e: Emission) -> None:
     e.add("Cast", [clipped], codes, to=onnx_enum("u8"))
     half = e.weight(Constant.of(np.array([128], np.uint8)), "zero")
     e.add("Expand", [half, e.add("Shape", [scale])], zero)
+
+
+def _floored(node: Node, e: Emission, floor: float, token: bool) -> None:
+    """The range [-floor, max]: zero = floor(255 floor / (max + floor)), scale = floor / zero."""
+    x = node.operands[0]
+    assert x is not None
+    codes, scale, zero = e.outputs(node)
+    high = e.add("Max", [e.reduce("ReduceMax", e.name(x), (-1,) if token else None, token), e.scalar(0.0, x)])
+    room = e.add("Add", [high, e.scalar(floor, x)])
+    steps = e.add("Floor", [e.add("Div", [e.scalar(255.0 * floor, x), room])])
+    steps = e.add("Max", [steps, e.scalar(1.0, x)])
+    e.add("Div", [e.scalar(floor, x), steps], scale)
+    shifted = e.add("Add", [e.add("Round", [e.add("Div", [e.name(x), scale])]), steps])
+    clipped = e.add("Clip", [shifted, e.scalar(0.0, x), e.scalar(255.0, x)])
+    e.add("Cast", [clipped], codes, to=onnx_enum("u8"))
+    e.add("Cast", [steps], zero, to=onnx_enum("u8"))

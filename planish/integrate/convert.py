@@ -63,7 +63,7 @@ class CalibrationOptions:
     samples: int | None = None
     batch: int = 8
     length: int = 128
-    rows: int = 512
+    rows: int = 2048
 
 
 @dataclass(frozen=True)

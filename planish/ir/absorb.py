@@ -43,8 +43,9 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
     edges = sorted(dict.fromkeys(map(_Edge, space.blockers)), key=lambda edge: not edge.into)
     for edge in edges:
         edge.check(space.act)
+    done: set[Value] = set()
     for member in space.maximal_constants:
-        _transform_constant(rewriter, member, transform)
+        _transform_constant(rewriter, member, transform, done)
     for site in space.folds:
         _fold(rewriter, site, transform)
     for edge in edges:
@@ -110,22 +111,24 @@ def _applied(member: Member, data: np.ndarray, transform: Transform) -> np.ndarr
     return data.reshape(shape)
 
 
-def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform) -> None:
-    value = member.value
+def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform, done: set[Value]) -> None:
+    """Transform one member; `done` holds the private constants that this space has transformed."""
     if member.private:
         assert member.node is not None
-        _give(rewriter, member.node, member.port, transformed(member, transform))
+        done.add(_give(rewriter, member.node, member.port, transformed(member, transform)))
         return
-    assert value is not None
-    heirs = [value]
-    for one in heirs:  # and the copies that another space of the same analysis made private
-        assert one.constant is not None
-        data = _applied(member, one.constant.wide(), transform)
-        rewriter.set_constant(one, Constant(data, one.constant.dtype, data.shape), readers="all")
-        heirs += rewriter.heirs.get(one, ())
+    assert member.value is not None
+    heirs = [member.value]
+    for value in heirs:  # and the copies that another space of the same analysis made private
+        heirs += rewriter.heirs.get(value, ())
+        if value in done:
+            continue
+        assert value.constant is not None
+        data = _applied(member, value.constant.wide(), transform)
+        rewriter.set_constant(value, Constant(data, value.constant.dtype, data.shape), readers="all")
 
 
-def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> None:
+def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> Value:
     """Make operand `port` of a node a constant of its own with this data.
 
     A constant keeps its shape: what is grown is a new one, since members name axes of the old.
@@ -137,11 +140,14 @@ def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> None:
     if old is not None and old.is_constant and len(old.users) == 1 and old.shape == constant.shape:
         if not any(v is old for v in rewriter.graph.output_values()):
             rewriter.set_constant(old, constant)
-            return
-    made = rewriter.constant(constant, old.name if old is not None else f"{node.result.name}.{node.op.params[port].name}")
+            return old
+    made = rewriter.constant(
+        constant, old.name if old is not None else f"{node.result.name}.{node.op.params[port].name}"
+    )
     rewriter.set_operand(node, port, made)
     if old is not None:
         rewriter.heirs.setdefault(old, []).append(made)
+    return made
 
 
 def _spread(transform: Shift, atoms: np.ndarray | None, count: int, variance: int) -> np.ndarray:
@@ -202,20 +208,22 @@ class _Edge:
         if self.into:
             undone = transform.inverse()
             node = blocker.node
-            out = _explicit(
-                rewriter, value, blocker.axes, undone, blocker.atoms, blocker.variance, before=node
-            )
+            if node is not None:
+                value = node.operands[blocker.port] or value  # behind an op that another space needed here
+            else:
+                value = rewriter.heirs.get(value, [value])[-1]
+            out = _explicit(rewriter, value, blocker.axes, undone, blocker.atoms, blocker.variance, before=node)
             if node is not None:
                 rewriter.set_operand(node, blocker.port, out)
             else:
                 rewriter.graph.outputs = [(n, out if v is value else v) for n, v in rewriter.graph.outputs]
+                rewriter.heirs.setdefault(blocker.value, []).append(out)
             return
         readers = list(value.users)
         first = value.producer._next if value.producer is not None else rewriter.graph._first
-        out = _explicit(
-            rewriter, value, blocker.axes, transform, blocker.atoms, blocker.variance, before=first
-        )
+        out = _explicit(rewriter, value, blocker.axes, transform, blocker.atoms, blocker.variance, before=first)
         rewriter.replace(value, out, users=[r for r in readers if r is not out.producer])
+        rewriter.behind[value] = out
         rewriter.graph.outputs = [(n, out if v is value else v) for n, v in rewriter.graph.outputs]
 
 
@@ -257,7 +265,5 @@ def _explicit(
             if axes[0] != value.rank - 1:
                 raise Declined("an explicit rotation needs the last axis", before)
             matrix = apply(np.eye(count), (1,), transform, atoms, variance)  # row vector times matrix
-            node = rewriter.insert(
-                "matmul", [value, constant(matrix, value.dtype)], before=before, names=[hint]
-            )
+            node = rewriter.insert("matmul", [value, constant(matrix, value.dtype)], before=before, names=[hint])
     return node.result

@@ -109,9 +109,7 @@ class Constant:
     @property
     def is_wide(self) -> bool:
         """True if the data is held in float64 while the logical dtype is narrower."""
-        return (
-            self._data is not None and self.dtype not in ("f64", "str") and self._data.dtype.name == "float64"
-        )
+        return self._data is not None and self.dtype not in ("f64", "str") and self._data.dtype.name == "float64"
 
     def _raw(self) -> np.ndarray:
         import numpy as np
@@ -134,9 +132,7 @@ class Constant:
                         f"{path}: external data ends early; expected {offset + length} bytes, got {size}"
                     )
                 page = offset - offset % mmap.ALLOCATIONGRANULARITY
-                mapped = mmap.mmap(
-                    handle.fileno(), offset - page + length, access=mmap.ACCESS_READ, offset=page
-                )
+                mapped = mmap.mmap(handle.fileno(), offset - page + length, access=mmap.ACCESS_READ, offset=page)
         except OSError as error:
             raise InvalidModelError(f"{path}: cannot read external data: {error.strerror}") from error
         buffer = memoryview(mapped)[offset - page :]

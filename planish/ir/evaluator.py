@@ -249,11 +249,7 @@ def _bind(value: Value, given: Any, wide: Wide, symbols: dict[str, tuple[int, st
     what = f"input '{value.name}'"
     type_ = value.type
     if not isinstance(type_, TensorType):
-        return (
-            torch.from_numpy(given)
-            if isinstance(given, np.ndarray) and given.dtype.kind in "biufc"
-            else given
-        )
+        return torch.from_numpy(given) if isinstance(given, np.ndarray) and given.dtype.kind in "biufc" else given
     if type_.dtype == "str":
         if not isinstance(given, np.ndarray) or given.dtype.kind not in "OUST":
             raise PlanishError(f"{what}: expected a numpy array of strings, got {_kind(given)}")
@@ -278,9 +274,7 @@ def _bind(value: Value, given: Any, wide: Wide, symbols: dict[str, tuple[int, st
     return tensor.to(held)
 
 
-def _check_shape(
-    what: str, type_: TensorType, shape: tuple[int, ...], symbols: dict[str, tuple[int, str]]
-) -> None:
+def _check_shape(what: str, type_: TensorType, shape: tuple[int, ...], symbols: dict[str, tuple[int, str]]) -> None:
     if type_.shape is None:
         return
     if len(shape) != len(type_.shape):

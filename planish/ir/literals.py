@@ -96,9 +96,7 @@ def _encode_floats(flat: np.ndarray) -> list[str]:
     wrong = _decode_floats(words, flat.dtype).view(codes.dtype) != codes
     for i in wrong.nonzero()[0].tolist():
         again = _decode_floats([exact[i]], flat.dtype).view(codes.dtype)
-        words[i] = (
-            exact[i] if again[0] == codes[i] else f"{int(codes[i]):#x}"
-        )  # a NaN with a payload or a sign
+        words[i] = exact[i] if again[0] == codes[i] else f"{int(codes[i]):#x}"  # a NaN with a payload or a sign
     return words
 
 

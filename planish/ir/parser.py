@@ -43,9 +43,7 @@ _STRING = _token(_QUOTED)
 _WORD = _token(r"[A-Za-z_][A-Za-z0-9_.]*(?:::[A-Za-z0-9_.]+)?")
 _NAME = _token(rf"[A-Za-z0-9_][A-Za-z0-9_.]*|{_QUOTED}")
 _VALUE = _token(rf"%(?:[A-Za-z0-9_][A-Za-z0-9_.]*|{_QUOTED})")
-_OPERANDS = _token(
-    r"\((?:(?:%[A-Za-z0-9_.]+|_)(?:, (?:%[A-Za-z0-9_.]+|_))*)?\)"
-)  # as they mostly are printed
+_OPERANDS = _token(r"\((?:(?:%[A-Za-z0-9_.]+|_)(?:, (?:%[A-Za-z0-9_.]+|_))*)?\)")  # as they mostly are printed
 _TYPE = _token(r'[a-z][a-z0-9]*\[[^\]"#]*\]|unknown\b')
 _NUMBER = _token(r"-?(?:inf|nan(?::0x[0-9a-f]{16})?|[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?)(?![A-Za-z0-9_.])")
 _LIST = _token(r'\[[^\]"#()]*\]')
@@ -432,9 +430,7 @@ class _Parser:
             constant = self.keyed()
             if (constant.type, constant.is_wide) != (type_, wide):
                 got = f"{constant.type}{' wide' if constant.is_wide else ''}"
-                raise self.error(
-                    f"data of another type; expected {type_}{' wide' if wide else ''}, got {got}", at
-                )
+                raise self.error(f"data of another type; expected {type_}{' wide' if wide else ''}, got {got}", at)
             return constant
         self.expect("=")
         at = self.next()

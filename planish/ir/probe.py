@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_SEE_THROUGH = frozenset({"cast", "identity", "unsqueeze", "squeeze", "reshape", "transpose", "expand", "flatten", "slice"})
+_SEE_THROUGH = frozenset(
+    {"cast", "identity", "unsqueeze", "squeeze", "reshape", "transpose", "expand", "flatten", "slice"}
+)
 FIRST_SIZE = 2  # of the first symbol of an input (the batch)
 
 
@@ -24,7 +26,8 @@ def index_bound(value: Value, depth: int = 8) -> int | None:
             table, index = node.operands[0], node.operands[1]
             if index is value and table is not None and table is not value:
                 axis = node.attributes.get("axis", 0) if node.op.name == "gather" else 0
-                dim = table.type.dim(int(axis)) if isinstance(table.type, TensorType) else None  # type: ignore[call-overload]
+                assert isinstance(axis, int)
+                dim = table.type.dim(axis) if isinstance(table.type, TensorType) else None
                 if isinstance(dim, int):
                     bounds.append(dim)
         elif depth and node.op.name in _SEE_THROUGH and node.operands[0] is value:
@@ -45,7 +48,6 @@ def random_inputs(
         sizes: sizes of some symbols.
     """
     import numpy as np
-    import torch
 
     from planish.ir.types import torch_dtype
 
@@ -80,10 +82,10 @@ def _draw(value: Value, dims: tuple[int, ...], rng: np.random.Generator) -> torc
     if dtype == "bool":
         return torch.from_numpy(rng.random(dims) < 0.8) if dims else torch.tensor(True)
     bound = index_bound(value)
-    data = rng.integers(0, bound or 2, dims)
-    if bound is None and data.ndim:
-        data[..., 0] = 1  # a mask keeps at least one position
-    return torch.as_tensor(data)
+    integers = rng.integers(0, bound or 2, dims)
+    if bound is None and integers.ndim:
+        integers[..., 0] = 1  # a mask keeps at least one position
+    return torch.as_tensor(integers)
 
 
 def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

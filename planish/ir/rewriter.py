@@ -31,13 +31,16 @@ class Rewriter:
     """Edits one graph. Call `sweep` (or leave the `with` block) to drop what became dead.
 
     Attributes:
-        heirs: the constants that were made for one reader of an older one (`planish.ir.absorb`).
+        heirs: for `planish.ir.absorb`: the private copies of a constant; what a graph output gives out instead
+            of a value, the newest last.
     """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.edits = 0
         self.heirs: dict[Value, list[Value]] = {}
+        # a value whose producer could not carry a transform: the value behind the explicit op that stands there
+        self.behind: dict[Value, Value] = {}
 
     def __enter__(self) -> Rewriter:
         return self
@@ -98,9 +101,7 @@ class Rewriter:
         node.attributes = {k: v for k, v in merged.items() if v is not None}
         self.edits += 1
 
-    def set_constant(
-        self, value: Value, constant: Constant, *, readers: Literal["one", "all"] = "one"
-    ) -> None:
+    def set_constant(self, value: Value, constant: Constant, *, readers: Literal["one", "all"] = "one") -> None:
         """Give a constant value other data, for all of its readers.
 
         Raises:

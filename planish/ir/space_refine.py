@@ -69,9 +69,7 @@ class Refiner:
         """The parts of a component."""
         sizes = [self.search.sizes[e] for e in elements]
         plain = all(link[2] is None for link in links)
-        walls = [
-            (i, self._wall_dims(e), tuple(self.walls[e])) for i, e in enumerate(elements) if e in self.walls
-        ]
+        walls = [(i, self._wall_dims(e), tuple(self.walls[e])) for i, e in enumerate(elements) if e in self.walls]
         if plain and not walls:
             return [Part(self._one_size(sizes), dict.fromkeys(elements))]
         local = {e: i for i, e in enumerate(elements)}
@@ -92,9 +90,7 @@ class Refiner:
     @staticmethod
     def _one_size(sizes: list[int]) -> int:
         if any(size != sizes[0] for size in sizes):
-            raise AssertionError(
-                "linked elements of different sizes"
-            )  # a wrong row: the audit finds it first
+            raise AssertionError("linked elements of different sizes")  # a wrong row: the audit finds it first
         return sizes[0]
 
 
@@ -133,19 +129,19 @@ def _cut(sizes: list[int], links: Sequence[LinkRecord], walls: Sequence[Wall], p
     labels = _labels(classes, walls, number)
     parts = []
     for k in dict.fromkeys(kind.tolist()):
-        channels = np.flatnonzero(kind == k)
+        members = np.flatnonzero(kind == k)
         renumber = np.full(number, -1)
-        renumber[channels] = np.arange(len(channels))
+        renumber[members] = np.arange(len(members))
         atoms: dict[int, np.ndarray | None] = {}
         for element, own_label in enumerate(classes):
             mapped = renumber[own_label]
             if (mapped >= 0).any():
-                same = len(mapped) == len(channels) and bool((mapped == np.arange(len(mapped))).all())
+                same = len(mapped) == len(members) and bool((mapped == np.arange(len(mapped))).all())
                 atoms[element] = None if same else mapped
-        own_labels = None if labels is None else np.unique(labels[channels], return_inverse=True)[1]
+        own_labels = None if labels is None else np.unique(labels[members], return_inverse=True)[1]
         if own_labels is not None and not own_labels.any():
             own_labels = None
-        parts.append(Part(len(channels), atoms, own_labels))
+        parts.append(Part(len(members), atoms, own_labels))
     return parts
 
 
@@ -320,18 +316,14 @@ class Chooser:
             self.waiting[p] += self.waiting[q]
 
 
-def signs(
-    search: Search, elements: list[int], links: Sequence[LinkRecord]
-) -> tuple[int | None, dict[int, int]]:
+def signs(search: Search, elements: list[int], links: Sequence[LinkRecord]) -> tuple[int | None, dict[int, int]]:
     """The variance of each element (+1 where missing; +1 at the first activation), and one where they clash."""
     members = search.members
     if search.act in (
         Act.PERMUTE,
         Act.ROTATE,
     ):  # their own inverse transposes: only tell readers from writers
-        readers = {
-            two if members[two].is_constant else one for one, two, _, variance in links if variance < 0
-        }
+        readers = {two if members[two].is_constant else one for one, two, _, variance in links if variance < 0}
         return None, {e: -1 for e in readers if members[e].is_constant}
     if all(variance > 0 for _, _, _, variance in links):
         return None, {}

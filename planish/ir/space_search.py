@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from planish.ir.graph import Graph, Node, Value
-from planish.ir.ops.base import Act, Axes, Block, Carry, Fold, Link, Port, Relation, static_size
+from planish.ir.ops.base import Act, Axes, Block, Carry, Fold, Link, OneOf, Port, Relation, static_size
 
 SIZE_LIMIT = 1 << 26  # atoms of one element; larger ones are not searched
 SMALL = 16  # elements of a constant whose data a row may look at
@@ -221,9 +221,7 @@ class Search:
             if self.members[number].offset != link.offset:
                 return "its gain is read in two ways"
             return number
-        member = Member(
-            value, link.axes, 1, None, node, link.port, link.grow, link.view, link.neutral, link.offset
-        )
+        member = Member(value, link.axes, 1, None, node, link.port, link.grow, link.view, link.neutral, link.offset)
         number = self._new(key, member, size)
         if value is not None and link.grow is None:
             if id(value) in self.outputs:
@@ -279,6 +277,7 @@ class Search:
         elif type(relation) is Fold:
             self.folded[number].append((node, port))
         else:
+            assert isinstance(relation, OneOf)
             options = []
             for option in relation.options:
                 found = [(link, self.target(node, link)) for link in option.links]

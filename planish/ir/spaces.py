@@ -60,11 +60,7 @@ class Blocker:
     atoms: np.ndarray | None = None
 
     def __str__(self) -> str:
-        where = (
-            f"{self.node.op.name} %{self.node.result.name}"
-            if self.node is not None
-            else f"%{self.value.name}"
-        )
+        where = f"{self.node.op.name} %{self.node.result.name}" if self.node is not None else f"%{self.value.name}"
         source = f" ({self.node.source})" if self.node is not None and self.node.source else ""
         return f"{where}{source}: {self.reason}"
 
@@ -174,9 +170,7 @@ def _spaces(search: Search) -> Iterator[Space]:
                 if element == clash:
                     member = search.members[element]
                     if member.value is not None:
-                        space.blockers.append(
-                            Blocker(None, 0, member.value, member.axes, "it meets its own inverse")
-                        )
+                        space.blockers.append(Blocker(None, 0, member.value, member.axes, "it meets its own inverse"))
             if space.activations:
                 yield space
 

@@ -47,7 +47,8 @@ class ChannelStats:
         """max |x| of each channel, float64 [C]."""
         import numpy as np
 
-        return np.maximum(np.abs(self.minimum), np.abs(self.maximum))
+        largest: np.ndarray = np.maximum(np.abs(self.minimum), np.abs(self.maximum))
+        return largest
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Stats:
         """
         if name not in self.channels:
             raise PlanishError(
-                f"statistics: none for value '{name}'; got {len(self.channels)} values", hint=nearest(name, self.channels)
+                f"statistics: none for value '{name}'; got {len(self.channels)} values",
+                hint=nearest(name, self.channels),
             )
         return self.channels[name]
 
@@ -113,18 +115,22 @@ class Stats:
         def moved(array: np.ndarray) -> np.ndarray:
             return apply(array.astype(np.float64), (array.ndim - 1,), transform, atoms, variance)
 
-        samples = moved(record.samples).astype(np.float32)
+        samples = moved(record.samples)
         low, high = moved(record.minimum), moved(record.maximum)
         if isinstance(transform, Mix):
-            low, high, square = samples.min(0), samples.max(0), (samples.astype(np.float64) ** 2).mean(0)
+            low, high, square = samples.min(0), samples.max(0), (samples**2).mean(0)
         elif isinstance(transform, Scale):
             square = record.mean_square * moved(np.ones_like(low)) ** 2
         elif isinstance(transform, Shift):
-            square = (samples.astype(np.float64) ** 2).mean(0)
+            square = (samples**2).mean(0)
         else:
             square = moved(record.mean_square)
         self.channels[name] = replace(
-            record, minimum=np.minimum(low, high), maximum=np.maximum(low, high), mean_square=square, samples=samples
+            record,
+            minimum=np.minimum(low, high),
+            maximum=np.maximum(low, high),
+            mean_square=square,
+            samples=samples.astype(np.float32),
         )
 
     def save(self, path: str | Path) -> None:
@@ -133,6 +139,7 @@ class Stats:
         import os
 
         import numpy as np
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         path = Path(path)
@@ -148,6 +155,8 @@ class Stats:
             os.replace(temporary, path)
         except OSError as error:
             raise PlanishError(f"{path}: cannot write statistics: {error.strerror}") from error
+        except SafetensorError as error:
+            raise PlanishError(f"{path}: cannot write statistics: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -172,7 +181,7 @@ class Stats:
                     raise PlanishError(f"{path}: not a statistics file of planish")
                 channels = {
                     name: ChannelStats(
-                        axis, *(handle.get_tensor(f"{name}/{part}") for part in FIELDS), count=count
+                        axis=axis, count=count, **{part: handle.get_tensor(f"{name}/{part}") for part in FIELDS}
                     )
                     for name, (axis, count) in header["layout"].items()
                 }

@@ -129,9 +129,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise PlanishError(f"{path}: cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise InvalidModelError(
-            f"{path}: not the text of a graph (byte {error.start} is not ASCII)"
-        ) from error
+        raise InvalidModelError(f"{path}: not the text of a graph (byte {error.start} is not ASCII)") from error
 
 
 def _data_name(path: Path) -> str | None:
@@ -230,16 +228,12 @@ def _read_data(path: Path) -> dict[str, Constant]:
         file_range = FileRange(path, 8 + length + begin, end - begin)
         expected = (_product(stored.shape or ()) * bits(stored.dtype) + 7) // 8
         if not 0 <= begin <= end <= size - 8 - length or end - begin != expected:
-            raise InvalidModelError(
-                f"{path}: data '{key}': wrong extent; expected {expected} bytes in the file"
-            )
+            raise InvalidModelError(f"{path}: data '{key}': wrong extent; expected {expected} bytes in the file")
         found[key] = _constant(type_, stored, file_range)
     return found
 
 
-def _entry(
-    key: str, entry: Mapping[str, object], metadata: Mapping[str, str]
-) -> tuple[TensorType, TensorType]:
+def _entry(key: str, entry: Mapping[str, object], metadata: Mapping[str, str]) -> tuple[TensorType, TensorType]:
     """The type of a constant, and the type of what is stored for it."""
     from planish.ir.parser import parse_type
 
@@ -263,9 +257,7 @@ def _constant(type_: TensorType, stored: TensorType, file_range: FileRange) -> C
     shape = tuple(d for d in type_.shape or () if isinstance(d, int))
     if type_ == stored:
         return Constant(None, type_.dtype, shape, file=file_range)
-    held = Constant(
-        None, stored.dtype, tuple(d for d in stored.shape or () if isinstance(d, int)), file=file_range
-    )
+    held = Constant(None, stored.dtype, tuple(d for d in stored.shape or () if isinstance(d, int)), file=file_range)
     raw = held.array()
     if type_.dtype == "str":
         raw = _strings(raw.tobytes().decode("ascii").split("\n") if raw.size else [], file_range.path)

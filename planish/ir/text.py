@@ -118,9 +118,7 @@ class _Printer:
             text = f"{left} = {text}"
         if node.attributes:
             place = node.results[0].name if node.results else "node"
-            entries = [
-                f"{_word(k)} = {self.attribute(a, f'{place}/{k}')}" for k, a in node.attributes.items()
-            ]
+            entries = [f"{_word(k)} = {self.attribute(a, f'{place}/{k}')}" for k, a in node.attributes.items()]
             text += " {" + ", ".join(entries) + "}"
         return f"{text} from {quote(node.source)}" if node.source else text
 
@@ -172,9 +170,7 @@ class _Printer:
             return f"bytes({self.data(attribute, key)})"
         if isinstance(attribute, Blob):
             return f"blob({quote(attribute.kind)}, {self.data(attribute.data, key)})"
-        raise TypeError(
-            f"attribute '{key}': a {kind.__name__} is no attribute; see planish.ir.graph.Attribute"
-        )
+        raise TypeError(f"attribute '{key}': a {kind.__name__} is no attribute; see planish.ir.graph.Attribute")
 
 
 def same_attribute(a: Attribute, b: Attribute) -> bool:

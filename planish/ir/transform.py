@@ -93,7 +93,11 @@ def copies(atoms: np.ndarray, size: int) -> np.ndarray:
     """
     positions = np.flatnonzero(atoms >= 0)
     order = positions[np.argsort(atoms[positions], kind="stable")]
-    if size == 0 or len(order) % size or not (np.bincount(atoms[positions], minlength=size) == len(order) // size).all():
+    if (
+        size == 0
+        or len(order) % size
+        or not (np.bincount(atoms[positions], minlength=size) == len(order) // size).all()
+    ):
         raise ValueError("channels with different numbers of atoms cannot be mixed")
     return order.reshape(size, -1)
 

@@ -87,7 +87,8 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
         return np.dtype(name)
     import ml_dtypes
 
-    return np.dtype(getattr(ml_dtypes, name))
+    narrow: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return narrow
 
 
 @cache
@@ -149,8 +150,7 @@ class TensorType:
         if self.shape is None:
             return f"{self.dtype}[*]"
         dims = (
-            "?" if d is None else str(d) if isinstance(d, int) or _SYMBOL.match(d) else quote(d)
-            for d in self.shape
+            "?" if d is None else str(d) if isinstance(d, int) or _SYMBOL.match(d) else quote(d) for d in self.shape
         )
         return f"{self.dtype}[{', '.join(dims)}]"
 

@@ -28,9 +28,7 @@ def verify(graph: Graph) -> None:
         _define(graph, value, defined)
     for name, value in graph.values.items():
         if value.name != name:
-            raise VerificationError(
-                f"%{value.name}: is registered under the name '{name}'", where=repr(value)
-            )
+            raise VerificationError(f"%{value.name}: is registered under the name '{name}'", where=repr(value))
         if value.is_constant:
             if value.producer is not None:
                 raise VerificationError(f"%{name}: has data and a producer", where=repr(value))
@@ -70,9 +68,7 @@ def _define(graph: Graph, value: Value, defined: set[Value]) -> None:
     if value in defined:
         raise VerificationError(f"%{value.name}: is defined twice", where=repr(value.producer or value))
     if graph.values.get(value.name) is not value:
-        raise VerificationError(
-            f"%{value.name}: the name is another value's", where=repr(value.producer or value)
-        )
+        raise VerificationError(f"%{value.name}: the name is another value's", where=repr(value.producer or value))
     defined.add(value)
 
 
@@ -120,9 +116,7 @@ def _check_shape_of_node(node: Node, limits: dict[OpDef, tuple[int, int | None]]
         bounds = limits[row] = (least, None if variadic else len(row.params))
     least, most = bounds
     if len(node.operands) < least or (most is not None and len(node.operands) > most):
-        expected = (
-            f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-        )
+        expected = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
         raise VerificationError(
             f"{row.name}: wrong number of operands; expected {expected}, got {len(node.operands)}",
             where=str(node),
@@ -151,9 +145,7 @@ def _check_types(node: Node) -> None:
         )
     for result, type_ in zip(node.results, inferred, strict=True):
         if result.type is not type_ and not compatible(result.type, type_):
-            raise VerificationError(
-                f"%{result.name}: wrong type; expected {type_}, got {result.type}", where=str(node)
-            )
+            raise VerificationError(f"%{result.name}: wrong type; expected {type_}, got {result.type}", where=str(node))
 
 
 def compatible(a: Type, b: Type) -> bool:
@@ -164,8 +156,7 @@ def compatible(a: Type, b: Type) -> bool:
         if a.shape is None or b.shape is None or a.shape == b.shape:
             return True
         return len(a.shape) == len(b.shape) and not any(
-            isinstance(x, int) and isinstance(y, int) and x != y
-            for x, y in zip(a.shape, b.shape, strict=True)
+            isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a.shape, b.shape, strict=True)
         )
     if isinstance(a, TensorType) or isinstance(b, TensorType):
         other = b if isinstance(a, TensorType) else a

@@ -93,18 +93,22 @@ class Context:
     seed: int = 0
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
 
-    def transformed(self, space: Space, transform: Transform) -> None:
-        """Tell the statistics that a space was transformed."""
+    def transformed(self, rewriter: Rewriter, space: Space, transform: Transform) -> None:
+        """Tell the statistics that a space was transformed by that rewriter."""
         if self.stats is None:
             return
         whole = {id(m.value) for m in space.activations if len(m.axes) == 1}
         for member in space.activations:
-            assert member.value is not None and member.value.rank is not None
-            if len(member.axes) > 1 and id(member.value) in whole:
+            value = member.value
+            assert value is not None and value.rank is not None
+            if len(member.axes) > 1 and id(value) in whole:
                 continue  # tied to the member on one of these axes
-            self.stats.transform(
-                member.value.name, member.value.rank, member.axes, transform, member.atoms, member.variance
-            )
+            name = value.name
+            if value in rewriter.behind:  # it stays as it was: the value behind the explicit op is transformed
+                name = rewriter.behind[value].name
+                if value.name in self.stats:
+                    self.stats.channels[name] = self.stats.of(value.name)
+            self.stats.transform(name, value.rank, member.axes, transform, member.atoms, member.variance)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def _fold(graph: Graph, context: Context, report: PassReport, act: Act, port: in
                 transforms = _transforms(norm, port, found)
                 for (space, _), transform in zip(found, transforms, strict=True):
                     absorb(rewriter, space, transform)
-                    context.transformed(space, transform)
+                    context.transformed(rewriter, space, transform)
                     done.add(id(space))
                 _settle(rewriter, norm, port)
             except Declined as refusal:

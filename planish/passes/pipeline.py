@@ -9,6 +9,7 @@ dataclass; only those that differ from the defaults are printed.
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -81,13 +82,15 @@ def make_pass(name: str, options: dict[str, Any]) -> Pass:
     """
     cls = pass_class(name)
     hints = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = [f.name.replace("_", "-") for f in dataclasses.fields(cls)]
     values = {}
     for key, value in options.items():
-        field = key.replace("-", "_")
-        if field not in known:
-            expected = ", ".join(k.replace("_", "-") for k in known) or "no options"
-            raise PlanishError(f"pass '{name}': unknown option '{key}'; expected {expected}", hint=nearest(field, known))
+        field, option = key.replace("-", "_"), key.replace("_", "-")
+        if option not in known:
+            expected = ", ".join(known) or "no options"
+            raise PlanishError(
+                f"pass '{name}': unknown option '{key}'; expected {expected}", hint=nearest(option, known)
+            )
         values[field] = _convert(value, hints[field], f"pass '{name}': option '{key}'")
     return cls(**values)
 
@@ -125,11 +128,17 @@ def _text(value: Any) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+def _escaped(text: str, position: int) -> bool:
+    """True if an odd number of backslashes stands before the position."""
+    before = text[:position]
+    return (len(before) - len(before.rstrip("\\"))) % 2 == 1
+
+
 def _split(text: str) -> list[tuple[int, str]]:
     """Items between the commas outside of braces, brackets and quotes, with their columns."""
     items, depth, start, quoted = [], 0, 0, False
     for i, c in enumerate(text):
-        if c == '"' and text[i - 1 : i] != "\\":
+        if c == '"' and not (quoted and _escaped(text, i)):
             quoted = not quoted
         elif not quoted:
             depth += (c in "{[") - (c in "}]")
@@ -169,7 +178,7 @@ def _head(item: str, start: int, text: str) -> tuple[str, dict[str, str]]:
 def _words(text: str) -> list[str]:
     words, word, depth, quoted = [], "", 0, False
     for i, c in enumerate(text):
-        if c == '"' and text[i - 1 : i] != "\\":
+        if c == '"' and not (quoted and _escaped(text, i)):
             quoted = not quoted
         depth += 0 if quoted else (c == "[") - (c == "]")
         if c in " \t\n" and not quoted and depth == 0:
@@ -178,6 +187,12 @@ def _words(text: str) -> list[str]:
         else:
             word += c
     return [w for w in [*words, word] if w]
+
+
+def _unquoted(value: Any) -> Any:
+    if isinstance(value, str) and value[:1] == '"' and value[-1:] == '"' and len(value) > 1:
+        return re.sub(r"\\(.)", r"\1", value[1:-1], flags=re.DOTALL)
+    return value
 
 
 def _convert(value: Any, hint: Any, what: str) -> Any:
@@ -195,6 +210,7 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
                 continue
         return _convert(value, choices[-1], what)
     if origin is typing.Literal:
+        value = _unquoted(value)
         for choice in arguments:
             if value == choice or str(value) == str(choice):
                 return choice
@@ -207,8 +223,7 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
         if isinstance(items, str):
             items = [items]
         return tuple(_convert(v, arguments[0], what) for v in items)
-    if isinstance(value, str) and value[:1] == '"' and value[-1:] == '"' and len(value) > 1:
-        value = value[1:-1].replace('\\"', '"').replace("\\\\", "\\")
+    value = _unquoted(value)
     if hint is bool:
         if value in (True, False):
             return bool(value)

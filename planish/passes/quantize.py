@@ -29,11 +29,11 @@ import numpy as np
 
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
-from planish.ir.graph import Graph, Node, Value
+from planish.ir.graph import Attribute, Graph, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import ChannelStats, Stats
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
-from planish.passes.sites import READERS, reads_by_weight, weight_matrix
+from planish.passes.sites import READERS, reads_by_weight, row_floor, weight_matrix
 from planish.passes.solvers import gptq, hessian, round_to_nearest
 
 CLIPS = np.linspace(1.0, 0.5, 51)  # fractions of the range tried by the mse searches
@@ -49,7 +49,8 @@ def choose_weight_scale(weight: np.ndarray, clip: Literal["max", "mse"]) -> np.n
     """One scale per row of [rows, columns] for int8 codes in [-127, 127]; float64 [rows], no zeros."""
     largest = np.abs(weight).max(1)
     largest[largest == 0] = 1.0
-    best, least = largest / 127.0, np.full(len(weight), np.inf)
+    best: np.ndarray = largest / 127.0
+    least = np.full(len(weight), np.inf)
     for fraction in CLIPS if clip == "mse" else CLIPS[:1]:
         scale = largest * fraction / 127.0
         codes = np.clip(np.round(weight / scale[:, None]), -127, 127)
@@ -193,7 +194,8 @@ class Quantize(Pass):
             return x
         if self.activations == "token":
             scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-30) / 127.0
-            return np.round(x / scale) * scale
+            rounded: np.ndarray = np.round(x / scale) * scale
+            return rounded
         step, zero = _affine(min(float(x.min()), 0.0), max(float(x.max()), 0.0))
         if self.activations == "static":
             made = node.operands[0].producer if node.operands[0] is not None else None
@@ -209,11 +211,8 @@ class Quantize(Pass):
         data = weight.constant.wide()
         if not np.isfinite(data).all():
             raise PlanishError(f"weight '{weight.name}': holds NaN or infinity", where=place(node))
-        axis = 0
-        if node.op.name == "linear" and node.attributes.get("transposed", False):
-            axis = 1
-        elif node.op.name == "gemm" and not node.attributes.get("trans_b", False):
-            axis = 1
+        turned = node.op.name == "linear" and bool(node.attributes.get("transposed", False))
+        axis = int(turned or (node.op.name == "gemm" and not node.attributes.get("trans_b", False)))
         rows = np.moveaxis(data, axis, 0).reshape(data.shape[axis], -1)
         scale = choose_weight_scale(rows, self.weight_clip).astype(np.float32).astype(np.float64)
         if self.solver == "gptq" and samples is not None and node.op.name != "conv":
@@ -227,13 +226,16 @@ class Quantize(Pass):
             rewriter.constant(Constant(scale, "f32", scale.shape), f"{weight.name}.scale"),
         ]
         made = rewriter.insert(
-            "dequantize", operands, {"axis": axis}, before=node, names=[f"{weight.name}.dequantized"], source=node.source
+            "dequantize",
+            operands,
+            {"axis": axis},
+            before=node,
+            names=[f"{weight.name}.dequantized"],
+            source=node.source,
         )
         return made.result
 
-    def _activation(
-        self, x: Value, node: Node, rewriter: Rewriter, stats: Stats | None, report: PassReport
-    ) -> Value:
+    def _activation(self, x: Value, node: Node, rewriter: Rewriter, stats: Stats | None, report: PassReport) -> Value:
         # behind the producer: every reader comes later
         before = x.producer._next if x.producer is not None else rewriter.graph._first
         if self.activations == "static":
@@ -248,25 +250,44 @@ class Quantize(Pass):
                 rewriter.constant(Constant.of(np.uint8(zero)), f"{x.name}.zero"),
             ]
             codes = rewriter.insert(
-                "quantize", [x, *constants], {"dtype": "u8"}, before=before, names=[f"{x.name}.codes"], source=node.source
+                "quantize",
+                [x, *constants],
+                {"dtype": "u8"},
+                before=before,
+                names=[f"{x.name}.codes"],
+                source=node.source,
             )
             operands: list[Value | None] = [codes.result, *constants]
         else:
-            attributes = {"granularity": "token", "symmetric": True} if self.activations == "token" else {}
+            attributes: dict[str, Attribute] = {}
+            if self.activations == "token":
+                floor = self._floor(x, stats)
+                attributes = {"granularity": "token"} | ({"symmetric": True} if floor is None else {"floor": floor})
             codes = rewriter.insert(
                 "dynamic_quantize", [x], attributes, before=before,
                 names=[f"{x.name}.codes", f"{x.name}.scale", f"{x.name}.zero"], source=node.source,
             )  # fmt: skip
             operands = list(codes.results)
-        made = rewriter.insert("dequantize", operands, before=before, names=[f"{x.name}.dequantized"], source=node.source)
+        made = rewriter.insert(
+            "dequantize", operands, before=before, names=[f"{x.name}.dequantized"], source=node.source
+        )
         return made.result
+
+    def _floor(self, x: Value, stats: Stats | None) -> float | None:
+        """The bound below zero of an activation that hardly falls below it; None: unknown, or it does."""
+        if stats is None or x.name not in stats:
+            return None
+        record = stats.of(x.name)
+        floor = row_floor(float(record.minimum.min()), float(record.maximum.max()))
+        return None if floor is None else float(np.float32(floor))
 
     def _table(self, node: Node, rewriter: Rewriter, report: PassReport) -> bool:
         table, ids = node.operands[0], node.operands[1]
         if table is None or not table.is_constant or table.dtype != "f32" or table.rank != 2:
             return False
         assert table.constant is not None
-        if table.constant.shape[0] < self.min_rows:
+        rows, width = table.constant.shape
+        if rows < self.min_rows or width == 1:  # a scale for each row would not be smaller
             return False
         if len(table.users) > 1:
             raise Declined("its table has other readers (a tied head)", node)

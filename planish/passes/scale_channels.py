@@ -34,20 +34,20 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale
 from planish.passes.base import Context, Exactness, Pass, PassReport
-from planish.passes.sites import Site, site_of
+from planish.passes.sites import Site, row_floor, site_of
 
 FLOOR = 1e-5
 
 
 def smoothquant_scale(largest: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:
     """s = a^alpha / w^(1 - alpha), both clamped to 1e-5; float64 [n]."""
-    s = np.maximum(largest, FLOOR) ** alpha / np.maximum(weight, FLOOR) ** (1.0 - alpha)
-    return np.maximum(s, FLOOR)
+    s: np.ndarray = np.maximum(largest, FLOOR) ** alpha / np.maximum(weight, FLOOR) ** (1.0 - alpha)
+    return s.clip(min=FLOOR)
 
 
 def threshold_scale(largest: np.ndarray, threshold: float) -> np.ndarray:
     """s = max(1, a / t): channels within the threshold stay; float64 [n]."""
-    return np.maximum(1.0, largest / threshold)
+    return np.maximum(1.0, largest / max(threshold, FLOOR))
 
 
 def percentile_scale(largest: np.ndarray, fraction: float = 0.005) -> np.ndarray:
@@ -57,26 +57,38 @@ def percentile_scale(largest: np.ndarray, fraction: float = 0.005) -> np.ndarray
     return np.maximum(1.0, largest / base)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Quantiser:
     """The fake quantisation under which candidates are judged: uint8 activations, int8 weights per output.
 
     Attributes:
-        granularity: of the activations: one range for the tensor (asymmetric) or one per row (symmetric).
+        granularity: of the activations: `tensor`, the range of the rows at hand; `token`, one range per row;
+            `static`, the calibrated extremes of the channels.
+        low, high: float64 [n], those extremes.
     """
 
-    granularity: Literal["tensor", "token"]
+    granularity: Literal["tensor", "token", "static"]
+    low: np.ndarray
+    high: np.ndarray
 
-    def activations(self, x: torch.Tensor) -> torch.Tensor:
+    def activations(self, x: torch.Tensor, s: np.ndarray) -> torch.Tensor:
+        """x [N, n], already divided by s [n], as its readers will see it."""
+        low, high = min(float((self.low / s).min()), 0.0), max(float((self.high / s).max()), 0.0)
         if self.granularity == "token":
-            scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
-            return torch.round(x / scale) * scale
-        low, high = x.min().clamp(max=0.0), x.max().clamp(min=0.0)
-        scale = ((high - low) / 255.0).clamp(min=1e-12)
-        zero = torch.round(-low / scale)
-        return (torch.clamp(torch.round(x / scale) + zero, 0, 255) - zero) * scale
+            floor = row_floor(low, high)
+            if floor is None:
+                scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
+                return torch.round(x / scale) * scale
+            zero = torch.floor(255.0 * floor / (x.amax(-1, keepdim=True).clamp(min=0.0) + floor)).clamp(min=1.0)
+            return (torch.clamp(torch.round(x * zero / floor) + zero, 0, 255) - zero) * floor / zero
+        if self.granularity == "tensor":
+            low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+        step = max((high - low) / 255.0, 1e-12)
+        offset = round(-low / step)
+        return (torch.clamp(torch.round(x / step) + offset, 0, 255) - offset) * step
 
     def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """w [outputs, n] rounded to int8 codes with one scale per output."""
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127.0
         return torch.round(w / scale) * scale
 
@@ -94,18 +106,23 @@ class Judge:
         self.weight = torch.cat(list(weights))
         self.quantiser = quantiser
         self.exact = samples @ self.weight.T
-        # of each output row: one over the energy of its reader, so that every reader counts the same
-        energies = [float((part**2).sum()) for part in self.exact.split([len(w) for w in weights], 1)]
-        self.share = torch.cat([torch.full((len(w),), 1.0 / max(e, 1e-30)) for w, e in zip(weights, energies, strict=True)])
+        self.readers = [len(w) for w in weights]
+        self.energy = [self._rows(part) for part in torch.split(self.exact, self.readers, 1)]
 
-    def error(self, s: np.ndarray | None) -> float:
-        """Sum over the readers of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2; None: without a scale."""
-        x, w = self.samples, self.weight
-        if s is not None:
-            factors = torch.from_numpy(s.astype(np.float32))
-            x, w = x / factors, w * factors
-        got = self.quantiser.activations(x) @ self.quantiser.weight(w).T
-        return float((got - self.exact).square_().sum(0) @ self.share)
+    @staticmethod
+    def _rows(part: torch.Tensor) -> torch.Tensor:
+        return part.square().sum(1).clamp(min=1e-30)
+
+    def error(self, s: np.ndarray) -> float:
+        """Mean over the rows, summed over the readers, of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2.
+
+        Row by row, because norms behind the readers make every row count the same.
+        """
+        factors = torch.from_numpy(s.astype(np.float32))
+        x = self.quantiser.activations(self.samples / factors, s)
+        noise = (x @ self.quantiser.weight(self.weight * factors).T).sub_(self.exact)
+        parts = torch.split(noise, self.readers, 1)
+        return sum(float((self._rows(p) / e).mean()) for p, e in zip(parts, self.energy, strict=True))
 
 
 @dataclass(frozen=True)
@@ -119,7 +136,7 @@ class ScaleChannels(Pass):
 
     method: Literal["search", "smoothquant", "os-plus", "percentile", "outliertune"] = "search"
     alpha: float = 0.5  # smoothquant: the share of the difficulty that weights take
-    granularity: Literal["tensor", "token"] = "tensor"  # of the activations in the search
+    granularity: Literal["tensor", "token", "static"] = "tensor"  # of the activations in the search
     steps: int = 20  # grid points of alpha, and of the threshold
     rows: int = 384  # sampled rows in the search
     insert: bool = False  # an explicit Mul where a space is blocked
@@ -149,8 +166,8 @@ class ScaleChannels(Pass):
         picked = np.linspace(0, len(site.samples) - 1, min(self.rows, len(site.samples))).astype(np.int64)
         samples = torch.from_numpy(np.ascontiguousarray(site.samples[picked]))
         weights = [torch.from_numpy(w.astype(np.float32)) for w in site.weights()]
-        judge = Judge(samples, weights, Quantiser(self.granularity))
-        before = judge.error(None)
+        judge = Judge(samples, weights, Quantiser(self.granularity, site.low, site.high))
+        before = judge.error(np.ones(space.size))
         searching = self.method in ("search", "os-plus")
         label, s, after = "none", None, before
         for candidate, factors in self._candidates(site):
@@ -164,11 +181,16 @@ class ScaleChannels(Pass):
             raise Declined("an explicit op would not be worth it", site.readers[0])
         transform = Scale(1.0 / s)
         inserted = absorb(rewriter, space, transform, insert=self.insert)
-        context.transformed(space, transform)
+        context.transformed(rewriter, space, transform)
         report.inserted += inserted
         ops = f", {inserted} op inserted" if inserted else ""
         report.applied.append(f"%{site.name}: {label}, error {before:.3g} -> {after:.3g}{ops}")
-        report.figures[site.name] = {"choice": label, "error_before": before, "error_after": after, "inserted": inserted}
+        report.figures[site.name] = {
+            "choice": label,
+            "error_before": before,
+            "error_after": after,
+            "inserted": inserted,
+        }
 
     def _candidates(self, site: Site) -> Iterator[tuple[str, np.ndarray]]:
         largest = site.largest

@@ -28,7 +28,8 @@ from planish.passes.sites import Site, site_of
 
 def choose_shift(low: np.ndarray, high: np.ndarray, amount: float = 1.0) -> np.ndarray:
     """The offsets t = -z [n] that centre channels with these extremes (float64 [n])."""
-    return -amount * (low + high) / 2.0
+    offsets: np.ndarray = -amount * (low + high) / 2.0
+    return offsets
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ShiftChannels(Pass):
                 except Declined as refusal:
                     report.decline(str(refusal), refusal.node if refusal.node is not None else site.name)
                     continue
-                context.transformed(space, transform)
+                context.transformed(rewriter, space, transform)
                 report.applied.append(f"%{site.name}: range {gain:.0%} smaller for {len(site.readers)} readers")
                 report.figures[site.name] = {"range_reduction": gain}
         if not sites:
@@ -73,5 +74,3 @@ class ShiftChannels(Pass):
         if gain < self.min_gain:
             raise Declined("its range would hardly shrink", site.readers[0])
         return Shift(offsets), gain
-
-

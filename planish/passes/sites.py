@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planish.ir.graph import Node, Value
-from planish.ir.spaces import FoldSite, Member, Space
+from planish.ir.spaces import Member, Space
 from planish.ir.stats import Stats
 
 READERS = frozenset({"linear", "gemm", "conv"})
@@ -45,7 +45,8 @@ class Site:
     @property
     def largest(self) -> np.ndarray:
         """max |x| of each channel, float64 [n]."""
-        return np.maximum(np.abs(self.low), np.abs(self.high))
+        largest: np.ndarray = np.maximum(np.abs(self.low), np.abs(self.high))
+        return largest
 
     def weights(self) -> list[np.ndarray]:
         """The weight of each reader as [outputs, n], float64."""
@@ -68,7 +69,11 @@ def weight_matrix(node: Node) -> np.ndarray:
     data = weight.constant.wide()
     if node.op.name == "conv":
         return np.moveaxis(data, 1, -1).reshape(-1, data.shape[1])
-    transposed = node.attributes.get("transposed", False) if node.op.name == "linear" else not node.attributes.get("trans_b", False)
+    transposed = (
+        node.attributes.get("transposed", False)
+        if node.op.name == "linear"
+        else not node.attributes.get("trans_b", False)
+    )
     return data.T if transposed else data
 
 
@@ -90,7 +95,7 @@ def channel_axis(node: Node) -> int:
 
 
 def site_of(space: Space, stats: Stats) -> Site | None:
-    """The site of a space: its activation that most linears read; None if no linear reads it or it has no statistics."""
+    """The site of a space: its activation that most linears read; None if none reads it or statistics are missing."""
     best: Site | None = None
     for member in space.activations:
         value = member.value
@@ -116,6 +121,10 @@ def site_of(space: Space, stats: Stats) -> Site | None:
     return best
 
 
-def fold_nodes(space: Space) -> list[FoldSite]:
-    """The fold sites of linears in a space."""
-    return [f for f in space.folds if f.node.op.name in READERS]
+def row_floor(low: float, high: float) -> float | None:
+    """c for codes of [-c, max] where values reach at most a quarter as far below zero as above; else None.
+
+    At least max / 64, however little lies below zero: the scale is c / zero with an integer zero >= 1, so that
+    255 c is the most that a row can hold.
+    """
+    return max(-low, high / 64) if high > 0 and -low <= high / 4 else None

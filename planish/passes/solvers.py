@@ -1,9 +1,9 @@
 """Weight solvers: which integer codes stand for a weight, given its scales.
 
-    rtn    c = round(w / d)
-    gptq   columns in order of falling diag(H); after each, the columns left take up its error:
-           e = (w_j - d c_j) / U_jj,   W_:,j+1: -= e U_j,j+1:      U = chol(H^-1)^T,  H = (2 / T) X^T X + damping
-           Frantar et al., arXiv 2210.17323. Invariant: sum of e^2 / 2 = tr((W - Q) H (W - Q)^T) / 2.
+rtn    c = round(w / d)
+gptq   columns in order of falling diag(H); after each, the columns left take up its error:
+       e = (w_j - d c_j) / U_jj,   W_:,j+1: -= e U_j,j+1:      U = chol(H^-1)^T,  H = (2 / T) X^T X + damping
+       Frantar et al., arXiv 2210.17323. Invariant: sum of e^2 / 2 = tr((W - Q) H (W - Q)^T) / 2.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ RETRIES = 20  # of the factorisation, each with more damping
 
 def round_to_nearest(weight: np.ndarray, scale: np.ndarray, limit: int) -> np.ndarray:
     """Codes in [-limit, limit] of weight [rows, columns] with one scale per row; float64."""
-    return np.clip(np.round(weight / scale[:, None]), -limit, limit)
+    codes: np.ndarray = np.clip(np.round(weight / scale[:, None]), -limit, limit)
+    return codes
 
 
 def hessian(samples: np.ndarray) -> np.ndarray:
@@ -81,7 +82,7 @@ def _inverse_factor(h: np.ndarray, damping: float) -> np.ndarray:
             continue
         inverse = np.tril(inverse) + np.tril(inverse, -1).T
         try:
-            return cholesky(inverse, lower=False)  # type: ignore[no-any-return]
+            return cholesky(inverse, lower=False)
         except np.linalg.LinAlgError:
             continue
     raise np.linalg.LinAlgError("the curvature could not be factored")

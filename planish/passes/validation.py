@@ -105,7 +105,8 @@ def check(before: Graph, after: Graph, probe: Probe, who: str) -> Verdict:
     verdict = compare(before, after, probe)
     if not verdict.holds:
         raise ValidationError(
-            f"pass '{who}': changed the function: relative error {verdict.error:.3g}; expected <= {verdict.tolerance:g}",
+            f"pass '{who}': changed the function: relative error {verdict.error:.3g}; "
+            f"expected <= {verdict.tolerance:g}",
             where=verdict.worst + first_difference(before, after, probe),
             hint="this is a bug of the pass or of an op's row: please report it with the model",
         )

@@ -195,9 +195,7 @@ def _session_runner(model: onnx.ModelProto) -> Runner:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(arrays: Mapping[str, Any]) -> Sequence[Any]:
         return session.run(None, dict(_carried(*item) for item in arrays.items()))  # type: ignore[no-any-return]

@@ -76,19 +76,13 @@ def torch_overload(op: str) -> torch._ops.OpOverload | None:
 
 def _is_pure_torch(op: str) -> bool:
     found = torch_overload(op)
-    return (
-        found is not None
-        and not found._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in found.tags
-    )
+    return found is not None and not found._schema.is_mutable and torch.Tag.nondeterministic_seeded not in found.tags
 
 
 def _evaluate_torch(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
     found = torch_overload(node.op.name.partition("::")[2])
     if found is None:
-        raise PlanishError(
-            f"op '{node.op.name}': this torch ({torch.__version__}) has no such op", where=str(node)
-        )
+        raise PlanishError(f"op '{node.op.name}': this torch ({torch.__version__}) has no such op", where=str(node))
     rest = list(operands)
     positional: list[Any] = []
     named: dict[str, Any] = {}

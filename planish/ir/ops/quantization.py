@@ -4,6 +4,10 @@
     dynamic_quantize  the same with scale and zero taken from x: one pair for the tensor or one per row
     dequantize        y = (c - zero) * scale
 
+`dynamic_quantize` has three ranges: [min, max] of x; symmetric, max |x| with zero point 128; or with `floor`
+c > 0, [-c, max], for what hardly falls below zero: scale = c / zero exactly, so that the codes stand for
+x + c without a zero point.
+
 `axis` says where a vector of scales lies; None means that scale and zero broadcast against x (a
 scalar, or one scale per row with a trailing 1).
 """
@@ -20,7 +24,9 @@ from planish.ir.ops import register
 from planish.ir.ops.base import Act, Axes, Block, Carry, Link, OpDef, Param, Port, Relation, Wide
 from planish.ir.types import UNKNOWN, TensorType, Type
 
-RANGES = {"u8": (0, 255), "i8": (-128, 127), "u4": (0, 15), "i4": (-8, 7), "u16": (0, 65535), "i16": (-32768, 32767), "i32": (-(2**31), 2**31 - 1)}  # fmt: skip
+RANGES = {f"u{n}": (0, 2**n - 1) for n in (4, 8, 16)} | {
+    f"i{n}": (-(2 ** (n - 1)), 2 ** (n - 1) - 1) for n in (4, 8, 16, 32)
+}
 ROUNDS = Block("rounds to codes: a transform would change what is rounded")
 
 
@@ -35,7 +41,8 @@ def _along(vector: torch.Tensor, rank: int, axis: int | None) -> torch.Tensor:
 
 def _axis(node: Node) -> int | None:
     axis = node.attributes.get("axis")
-    return None if axis is None else int(axis)  # type: ignore[call-overload]
+    assert axis is None or isinstance(axis, int)
+    return axis
 
 
 def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: str) -> torch.Tensor:
@@ -69,6 +76,11 @@ def _dynamic(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:
         low, high = x.amin(), x.amax()
+    floor = node.attributes.get("floor")
+    if isinstance(floor, float):
+        # the zero point is rounded down and the scale follows it, so that zero * scale is the floor exactly
+        zero = torch.floor(255.0 * floor / (high.clamp(min=0.0) + floor)).clamp(min=1.0)
+        return _codes(x, floor / zero, zero, "u8"), floor / zero, zero.to(torch.uint8)
     if node.attributes.get("symmetric", False):
         scale = torch.maximum(-low, high) / 127.0
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
@@ -102,7 +114,9 @@ def _dequantize(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any
 
 def _dequantize_infer(node: Node) -> Sequence[Type]:
     codes, scale = node.operand(0), node.operand(1)
-    return (TensorType((scale.dtype if scale is not None else None) or "f32", codes.shape if codes is not None else None),)
+    return (
+        TensorType((scale.dtype if scale is not None else None) or "f32", codes.shape if codes is not None else None),
+    )
 
 
 def _quantize_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
@@ -121,7 +135,15 @@ def _dequantize_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation
             if isinstance(dim, int):
                 shape[axes[0]] = dim
                 return Carry((Link(1, axes, grow=tuple(shape)),))
-    if port == 1 and act is Act.SCALE and scale is not None and scale.rank == 1 and axis is not None and codes is not None and codes.rank:
+    if (
+        port == 1
+        and act is Act.SCALE
+        and scale is not None
+        and scale.rank == 1
+        and axis is not None
+        and codes is not None
+        and codes.rank
+    ):
         return Carry((Link(-1, (axis % codes.rank,)),))
     return Block("its codes are integers: only a scale of its scales can be taken up")
 
@@ -142,7 +164,7 @@ register(
 register(
     OpDef(
         "dynamic_quantize", (Param("x"),), _dynamic_infer, _dynamic, _quantize_relate,
-        attributes={"granularity": "tensor", "symmetric": False}, family="quantization",
+        attributes={"granularity": "tensor", "symmetric": False, "floor": None}, family="quantization",
         summary="codes, scale, zero from the range of x: of the tensor, or of each row",
         conservative={
             "permute": "passes but for rows; nothing needs it yet",
