@@ -155,9 +155,10 @@ def planish_row(
 
     note(f"planish: {name}")
     out = work / f"{name.replace(' ', '-').replace('/', '-')}.onnx"
-    report = planish.convert(model, out, recipe=recipe, calibration=batches, target=target)
+    done = planish.convert(model, out, recipe=recipe, calibration=batches, target=target)
     entry = Entry(name, out, timed=timed)
-    entry.figures["passes"] = {p.name: len(p.applied) for p in report.passes}
+    entry.figures["passes"] = {p.name: len(p.applied) for p in done.report.passes}
+    entry.figures["seconds"] = done.seconds
     return entry
 
 
@@ -194,9 +195,10 @@ def float_after_exact(model: Path, work: Path, batches: list[Inputs]) -> dict[st
     import planish
 
     graph = planish.capture(model)
-    stats = planish.collect(graph_raised := planish.Pipeline("raise").run(graph, validate=False)[0], batches[:8])
-    pipeline = "shift-channels,scale-channels{insert=true},fold-norm-gain,merge-linears"
-    changed, report = planish.Pipeline(pipeline).run(graph_raised, stats=stats)
+    raised, _ = planish.Pipeline("raise").run(graph)
+    stats = planish.collect(raised, batches[:8])
+    pipeline = "shift-channels,isolate-outliers,scale-channels{insert=true},fold-norm-gain,merge-linears"
+    changed, report = planish.Pipeline(pipeline).run(raised, stats=stats)
     out = work / "exact.onnx"
     planish.to_onnx(changed, out, target="onnx")
     worst = 0.0
@@ -306,14 +308,21 @@ def compare(options: Any, full: bool, work: Path) -> int:
 
 
 def ablation(label: str, work: Path) -> str:
-    """A recipe file: dynamic W8A8 with neither, one or both of the exact channel passes."""
-    passes = {"none": "", "shift": "shift-channels,", "scale": "scale-channels{insert=true},"}
-    passes["both"] = passes["shift"] + passes["scale"]
-    path = work / f"ablation-{label}.yaml"
+    """A recipe file: dynamic W8A8 with some of the exact channel passes."""
+    scale = "scale-channels{insert=true min-gain=0.3}"
+    passes = {
+        "none": [],
+        "shift": ["shift-channels"],
+        "scale": [scale],
+        "both": ["shift-channels", scale],
+        "both and isolate": ["shift-channels", "isolate-outliers", scale],
+    }[label]
+    name = f"ablation-{label.replace(' ', '-')}"
+    path = work / f"{name}.yaml"
     path.write_text(
-        f"name: ablation-{label}\nsummary: what the passes contribute\n"
-        f"pipeline: raise,{passes[label]}quantize{{activations=dynamic}}\n"
-        f"calibration: {'false' if label == 'none' else 'true'}\ntarget: ort\n"
+        f"name: {name}\nsummary: what the passes contribute\n"
+        f"pipeline: {','.join(['raise', *passes, 'quantize{activations=dynamic}'])}\n"
+        f"needs: {{calibration: {str(bool(passes)).lower()}}}\ntarget: ort\n"
     )
     return str(path)
 

@@ -33,7 +33,10 @@ def seed(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(autouse=True)
-def _seed_torch(seed: int) -> None:
+def _seed_torch(seed: int, request: pytest.FixtureRequest) -> None:
     """pytest-randomly reseeds `random` and numpy before each test; this does torch, once it is loaded."""
     if "torch" in sys.modules:
-        sys.modules["torch"].random.manual_seed(seed)
+        torch = sys.modules["torch"]
+        torch.random.manual_seed(seed)
+        if request.node.get_closest_marker("slow") is None and torch.get_num_threads() > 1:
+            torch.set_num_threads(1)  # the tensors are tiny: on a busy machine threads only wait for each other

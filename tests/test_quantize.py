@@ -430,3 +430,52 @@ def test_quantised_is_a_fact() -> None:
 
     assert Quantize.gives == {"quantised"}
     assert Quantize.exactness is Exactness.LOSSY
+
+
+# -- with statistics -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["solver=gptq", "bias-correction=true"])
+def test_what_needs_statistics(option: str) -> None:
+    with pytest.raises(PlanishError) as caught:
+        run(pre_norm(), option)
+    assert caught.value.what == f"pass 'quantize': {option} needs calibration statistics"
+
+
+def correlated() -> tuple[Graph, Stats, np.ndarray]:
+    """A linear on channels that move together."""
+    b = Build()
+    graph = b.output(linear(b, b.input("x", "f32[n, 16]"), 8, "a"))
+    rows = (
+        b.rng.normal(size=(200, 3)) @ b.rng.normal(size=(3, 16)) + 0.05 * b.rng.normal(size=(200, 16)) + 1.0
+    ).astype(np.float32)
+    return graph, Stats({"x": record(rows)}), rows
+
+
+def test_gptq_keeps_the_output() -> None:
+    graph, stats, rows = correlated()
+    exact = evaluate(graph, {"x": rows}, torch.float64)["linear"]
+    errors = {}
+    for solver in ("rtn", "gptq"):
+        after, _ = run(graph, f"activations=none solver={solver}", stats)
+        codes = held(after, "a.weight.codes")
+        assert codes.dtype == np.int8 and np.abs(codes.astype(int)).max() <= 127
+        got = evaluate(after, {"x": rows}, torch.float64)["linear"]
+        errors[solver] = float(((got - exact) ** 2).sum())
+    assert errors["gptq"] < errors["rtn"] / 2
+
+
+@pytest.mark.parametrize("activations", ["none", "token", "dynamic", "static"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_correction_removes_the_mean_error(activations: str, bias: bool) -> None:
+    graph, stats, rows = correlated()
+    if not bias:
+        b = Build()
+        graph = b.output(linear(b, b.input("x", "f32[n, 16]"), 8, "a", bias=False))
+    exact = evaluate(graph, {"x": rows}, torch.float64)["linear"]
+    means = []
+    for correct in ("false", "true"):
+        after, _ = run(graph, f"activations={activations} bias-correction={correct}", stats)
+        got = evaluate(after, {"x": rows}, torch.float64)["linear"]
+        means.append(float((got - exact).mean(0).abs().max()))
+    assert means[1] < means[0] / 5

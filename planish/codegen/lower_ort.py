@@ -238,26 +238,26 @@ def _residual(norm: Node, rewriter: Rewriter) -> bool:
 
 def _signed_operands(node: Node) -> tuple[int, ...]:
     """The operands that change sign when the result does."""
-    return (1,) if node.op.name == "add" else () if node.op.name in ("reshape", "mul") else (1, 6)
+    return (1,) if node.op.name == "add" else (1, 6)
 
 
 def _negatable(value: Value | None) -> list[Node] | None:
-    """The nodes from a quantised product to `value` whose constants can take a sign; None if there is none."""
+    """The nodes from quantised products to `value` whose constants can take a sign; None if there are none."""
     chain = []
     node = _source(value)
     while node is not None and len(node.result.users) == 1:
-        chain.append(node)
         if node.op.name == f"{CONTRIB}::MatMulIntegerToFloat":
-            bias = node.operand(6)
-            codes = node.operands[1]
+            bias, codes = node.operand(6), node.operands[1]
             good = codes is not None and codes.is_constant and (bias is None or bias.is_constant)
-            return chain if good else None
-        if node.op.name == "add":
-            bias = node.operands[1]
-            if bias is None or not bias.is_constant:
-                return None
-        elif node.op.name not in ("reshape", "mul"):
+            return [*chain, node] if good else None
+        bias = node.operand(1)
+        if node.op.name == "add" and bias is not None and not bias.is_constant:
+            both = _negatable(node.operands[0]), _negatable(bias)  # a sum of two products
+            return None if both[0] is None or both[1] is None else [*chain, *both[0], *both[1]]
+        if node.op.name not in ("reshape", "mul", "add"):
             return None
+        if node.op.name == "add":
+            chain.append(node)
         node = _source(node.operands[0])
     return None
 

@@ -33,6 +33,7 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "merge-linears": ("planish.passes.merge_linears", "MergeLinears"),
     "shift-channels": ("planish.passes.shift_channels", "ShiftChannels"),
     "scale-channels": ("planish.passes.scale_channels", "ScaleChannels"),
+    "isolate-outliers": ("planish.passes.isolate_outliers", "IsolateOutliers"),
     "quantize": ("planish.passes.quantize", "Quantize"),
     "lower": ("planish.codegen.lower", "Lower"),
 }
