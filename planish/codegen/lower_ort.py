@@ -243,7 +243,7 @@ def _signed_operands(node: Node) -> tuple[int, ...]:
 
 def _negatable(value: Value | None) -> list[Node] | None:
     """The nodes from quantised products to `value` whose constants can take a sign; None if there are none."""
-    chain = []
+    chain: list[Node] = []
     node = _source(value)
     while node is not None and len(node.result.users) == 1:
         if node.op.name == f"{CONTRIB}::MatMulIntegerToFloat":

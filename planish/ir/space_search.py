@@ -64,7 +64,7 @@ class Questions:
     def __init__(self) -> None:
         self._signatures: dict[Node, object] = {}
         self._numbers: dict[object, int] = {}
-        self._answers: dict[tuple[object, Act, Port, Axes], Relation] = {}
+        self._answers: dict[Act, dict[tuple[object, Port, Axes], Relation]] = defaultdict(dict)
 
     def _signature(self, node: Node) -> object:
         operands = node.operands
@@ -87,17 +87,23 @@ class Questions:
         except TypeError:  # an attribute that cannot be hashed (a tensor)
             return node
 
-    def ask(self, node: Node, act: Act, port: Port, axes: Axes) -> Relation:
+    def of(self, act: Act) -> dict[tuple[object, Port, Axes], Relation]:
+        """The answers for one act, to be handed to `ask`."""
+        return self._answers[act]
+
+    def ask(
+        self, answers: dict[tuple[object, Port, Axes], Relation], node: Node, act: Act, port: Port, axes: Axes
+    ) -> Relation:
         """The row's answer."""
         if act in node.op.beyond or node.op.opaque:
             return node.op.relate(node, act, port, axes)
         signature = self._signatures.get(node)
         if signature is None:
             signature = self._signatures[node] = self._signature(node)
-        key = (signature, act, port, axes)
-        answer = self._answers.get(key)
+        key = (signature, port, axes)
+        answer = answers.get(key)
         if answer is None:
-            answer = self._answers[key] = node.op.relate(node, act, port, axes)
+            answer = answers[key] = node.op.relate(node, act, port, axes)
         return answer
 
 
@@ -127,6 +133,7 @@ class Search:
         self.graph = graph
         self.act = act
         self.questions = questions
+        self.answers = questions.of(act)
         self.ids: dict[tuple[Any, ...], int] = {}
         self.members: list[Member] = []  # without atoms and with the variance left open
         self.sizes: list[int] = []
@@ -269,7 +276,7 @@ class Search:
         if self.members[number].is_constant and self.members[number].offset:
             self.blocked[number].append((node, port, "its gain has several readers"))
             return
-        relation = self.questions.ask(node, self.act, port, axes)
+        relation = self.questions.ask(self.answers, node, self.act, port, axes)
         if type(relation) is Carry:
             self.carry(node, port, number, relation)
         elif type(relation) is Block:

@@ -18,7 +18,7 @@ import numpy as np
 
 from planish.ir.absorb import absorb
 from planish.ir.constant import Constant
-from planish.ir.graph import Graph, Node
+from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
@@ -62,14 +62,14 @@ def _fold(graph: Graph, context: Context, report: PassReport, act: Act, port: in
     with Rewriter(graph) as rewriter:
         for norm in norms:
             found = spaces.get(norm, [])
-            if any(id(space) in done for space, _ in found):
+            if any(id(part.space) in done for part in found):
                 continue  # a tied norm: its constant went with the first
             try:
                 transforms = _transforms(norm, port, found)
-                for (space, _), transform in zip(found, transforms, strict=True):
-                    absorb(rewriter, space, transform)
-                    context.transformed(rewriter, space, transform)
-                    done.add(id(space))
+                for part, transform in zip(found, transforms, strict=True):
+                    absorb(rewriter, part.space, transform)
+                    context.transformed(rewriter, part.space, transform)
+                    done.add(id(part.space))
                 _settle(rewriter, norm, port)
             except Declined as refusal:
                 report.decline(f"{what}: {refusal.reason}", refusal.node if refusal.node is not None else norm)
@@ -92,23 +92,32 @@ def _pending(norm: Node, port: int) -> bool:
     return not (value.constant.wide() == _neutral(norm, port)).all()
 
 
-def _by_norm(spaces: list[Space], port: int) -> dict[Node, list[tuple[Space, np.ndarray]]]:
-    """The spaces in which the operand of each norm lies, with the channel of each of its elements, -1 for none."""
-    found: dict[Node, list[tuple[Space, np.ndarray]]] = {}
+@dataclass(frozen=True)
+class _Part:
+    """A space in which the operand of a norm lies: the channel of each element (-1: none), and its variance."""
+
+    space: Space
+    atoms: np.ndarray
+    variance: int
+
+
+def _by_norm(spaces: list[Space], port: int) -> dict[Node, list[_Part]]:
+    """The spaces in which the operand of each norm lies."""
+    found: dict[Node, list[_Part]] = {}
     for space in spaces:
         for member in space.constants:
             for norm in member.value.users if member.value is not None else ():
-                if norm.op.name in NORMS and norm.operand(port) is member.value and member.variance > 0:
+                if norm.op.name in NORMS and norm.operand(port) is member.value:
                     assert member.value is not None
                     assert member.value.constant is not None
                     size = member.value.constant.size
                     atoms = member.atoms if member.atoms is not None else np.arange(space.size)
-                    if len(atoms) == size and not any(s is space for s, _ in found.get(norm, [])):
-                        found.setdefault(norm, []).append((space, atoms))
+                    if len(atoms) == size and not any(p.space is space for p in found.get(norm, [])):
+                        found.setdefault(norm, []).append(_Part(space, atoms, member.variance))
     return found
 
 
-def _transforms(norm: Node, port: int, spaces: list[tuple[Space, np.ndarray]]) -> list[Scale | Shift]:
+def _transforms(norm: Node, port: int, parts: list[_Part]) -> list[Scale | Shift]:
     """What makes the operand neutral, for each space.
 
     Raises:
@@ -122,8 +131,12 @@ def _transforms(norm: Node, port: int, spaces: list[tuple[Space, np.ndarray]]) -
         raise Declined(f"it is zero at channel {int(np.flatnonzero(data == 0.0)[0])}", norm)
     covered = np.zeros(len(data), bool)
     made: list[Scale | Shift] = []
-    for space, atoms in spaces:
+    for part in parts:
+        space, atoms = part.space, part.atoms
         if space.blockers:
+            tied = _tied(norm, space)
+            if tied is not None:
+                raise Declined(f"the tied %{tied.name} gives the norm's input the transform of its result", norm)
             blocker = space.blockers[0]
             raise Declined(blocker.reason, blocker.node if blocker.node is not None else blocker.value)
         mine = atoms >= 0
@@ -132,12 +145,26 @@ def _transforms(norm: Node, port: int, spaces: list[tuple[Space, np.ndarray]]) -
         channel[atoms[mine]] = data[mine]
         if np.isnan(channel).any() or (channel[atoms[mine]] != data[mine]).any():
             raise Declined("its space ties channels that differ, or has more of them", norm)
-        made.append(Scale(1.0 / channel) if port == 1 else Shift(-channel))
+        if port == 1:
+            made.append(Scale(1.0 / channel if part.variance > 0 else channel))
+        else:
+            made.append(Shift(-part.variance * channel))
         if space.positive and port == 1 and (channel < 0).any():
             raise Declined("it is negative and its space admits positive scales only", norm)
     if not covered.all():
         raise Declined("it lies in no channel space with static channels", norm)
     return made
+
+
+def _tied(norm: Node, space: Space) -> Value | None:
+    """The weight with several readers that draws the norm's input into the space of its result, if one does."""
+    if not any(member.value is norm.operands[0] for member in space.activations):
+        return None
+    for member in space.constants:
+        value = member.value
+        if value is not None and len({reader for reader in value.users if reader.op.name not in NORMS}) > 1:
+            return value
+    return None
 
 
 def _settle(rewriter: Rewriter, norm: Node, port: int) -> None:

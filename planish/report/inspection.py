@@ -28,6 +28,7 @@ LIFTS = {
     Act.LINEAR: "MatMul",
 }
 LINEARS = frozenset({"linear", "gemm", "conv", "conv_transpose", "matmul"})
+ABSORBERS = (Act.LINEAR, Act.ROTATE, Act.SCALE, Act.PERMUTE, Act.SHIFT)  # whose writers and readers are shown
 _BORDERS = ("graph input", "graph output")
 
 
@@ -67,7 +68,7 @@ class SpaceRow:
         structure: "384", or "12 x 32" where transforms stay within blocks or heads.
         group: the name of the group of transforms that cost nothing.
         acts: whether each act is admitted; an act is absent where another set of tensors must carry it.
-        writers: constants that write the space and absorb the transform.
+        writers: constants that write the space and absorb the transform (of the largest group that is free).
         readers: constants that read it and absorb the inverse.
         folds: nodes that take a shift up by a formula.
         blockers: by act.
@@ -236,7 +237,8 @@ def _row(acts: dict[Act, Space], order: dict[str, int]) -> SpaceRow:
     any_space = next(iter(acts.values()))
     values = {m.value.name: m.value for m in any_space.activations if m.value is not None}
     names = sorted(values, key=order.__getitem__)
-    absorbing = acts.get(Act.LINEAR) or acts.get(Act.SCALE) or any_space
+    free = (acts[act] for act in ABSORBERS if act in acts and acts[act].admitted)
+    absorbing = next(free, acts.get(Act.SCALE, any_space))
     return SpaceRow(
         0,
         tuple(names),

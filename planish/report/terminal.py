@@ -170,7 +170,7 @@ def _blocked(row: SpaceRow, everything: bool, only: str | None) -> str:
     for act, obstacles in row.blockers.items():
         if only in (None, act):
             texts = tuple(str(o) for o in obstacles)
-            key = texts if everything else (obstacles[0].where, str(len(texts)))
+            key = texts if everything else (texts[0], str(len(texts)))
             groups.setdefault(key, ([], obstacles))[0].append(act)
     lines = []
     for acts, obstacles in groups.values():

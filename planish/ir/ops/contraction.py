@@ -114,8 +114,8 @@ def _matmul_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
 
 def _matmul_channels(node: Node) -> Sequence[tuple[Port, Axes]]:
     sites = _matmul_sites(node)
-    if sites is None:
-        return ()
+    if sites is None or not any(v is not None and v.is_constant for v in node.operands):
+        return ()  # between two activations there is nothing to take a transform up
     found = [(p, (s.labels.index("k"),)) for p, s in sites.items() if "k" in s.labels]
     return [*found, *((-1, (sites[-1].labels.index(k),)) for k in ("m", "n") if k in sites[-1].labels)]
 
