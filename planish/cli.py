@@ -250,7 +250,7 @@ def optimize(
 
 
 def _write_json(path: str, data: Any) -> None:
-    from planish.codegen.files import atomic
+    from planish.ir.files import atomic
     from planish.report.plain import dumps
 
     with atomic(path) as handle:
@@ -279,7 +279,10 @@ def opt(
         str | None,
         typer.Option("--dump", help="Write the graph after each pass, and the difference, to a folder."),
     ] = None,
-    target: Annotated[str, typer.Option("--target", help="For .onnx: onnx or ort.")] = "onnx",
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="For .onnx: onnx or ort; by default what the pass lower says, else onnx."),
+    ] = None,
     opset: Annotated[
         int | None,
         typer.Option("--opset", help="For .onnx: version of the default domain."),
@@ -290,8 +293,10 @@ def opt(
     quiet: Quiet = False,
 ) -> int:
     """Run passes on a model, as mlir-opt does."""
+    from planish.codegen.lower import Lower
+    from planish.codegen.onnx_emission import check_target
     from planish.integrate.api import capture, to_onnx
-    from planish.integrate.convert import check_output, run_pipeline
+    from planish.integrate.convert import check_emission, check_output, for_opset, run_pipeline
     from planish.ir.errors import PlanishError
     from planish.passes.manager import DumpInstrument, Pipeline
 
@@ -299,6 +304,11 @@ def opt(
     passes = Pipeline(pipeline)
     if output is not None and Path(output).suffix not in (".onnx", ".ir"):
         raise PlanishError(f"{output}: unknown kind of output; expected .onnx or .ir")
+    goal = target or next((p.target for p in reversed(passes.passes) if isinstance(p, Lower)), "onnx")
+    check_target(goal)
+    written = output is not None and output.endswith(".onnx")
+    if written:
+        passes = for_opset(passes, opset)
     for path in (output, stats):
         if path is not None:
             check_output(path)
@@ -315,6 +325,7 @@ def opt(
         validate=validate,
         instruments=instruments,
         progress=terminal.progress,
+        ready=lambda raised: check_emission(raised, goal, opset if written else None),
     )
     if stats is not None and collected is not None:
         collected.save(stats)
@@ -328,7 +339,7 @@ def opt(
 
         write_ir(result, output)
     else:
-        to_onnx(result, output, target=target, opset=opset)
+        to_onnx(result, output, target=goal, opset=opset)
     if json:
         _print_json({"pipeline": str(passes), **report.as_dict()})
     elif output is not None and not quiet:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,8 @@ from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
 from planish.ir.ops import get
 from planish.ir.types import TensorType
+from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.manager import Instrument
 
 RECIPE = """\
 name: test
@@ -178,6 +181,49 @@ def test_opt_and_bad_pipelines(run: Run, model: Path, pipeline: str, message: st
     code, printed, error = run("opt", model, "-p", pipeline)
     assert (code, printed) == (2, "")
     assert error.startswith(message)
+
+
+def test_opt_writes_for_the_target_of_its_lowering(run: Run, model: Path, tmp_path: Path) -> None:
+    start = ("opt", model, "-p", "raise,quantize,lower{target=ort}", "-o", tmp_path / "q.onnx")
+    assert run(*start, "--quiet") == (0, "", "")
+    (tmp_path / "q.onnx").unlink()
+    code, _, error = run(*start, "--target", "onnx")
+    assert code == 2
+    assert error.startswith("error: op 'com.microsoft::MatMulIntegerToFloat': is not in target onnx\n")
+    assert error.endswith("hint: write for --target ort\n")
+    assert run(*start, "--target", "trt")[2] == "error: target 'trt': unknown; expected onnx or ort\n"
+    assert run(*start, "--opset", 99)[2].startswith("error: opset 99: unknown; expected 1 to ")
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_an_option_is_suggested_as_it_is_spelled(run: Run, model: Path) -> None:
+    for wrong in ("min_gian", "min-gian"):
+        error = run("opt", model, "-p", f"raise,shift-channels{{{wrong}=1}}")[2]
+        assert error.endswith("  hint: did you mean 'min-gain'?\n")
+
+
+def test_statistics_that_an_option_needs_are_missed_at_once(model: Path) -> None:
+    @dataclass(frozen=True)
+    class Picky(Pass):
+        name = "picky"
+        exactness = Exactness.LOSSY
+        wanted: bool = False
+
+        @property
+        def needs_stats(self) -> bool:
+            return self.wanted
+
+        def run(self, graph: Graph, context: Context) -> PassReport:
+            return PassReport(self.name)
+
+    class Watch(Instrument):
+        def before(self, instance: Pass, graph: Graph) -> None:
+            raise AssertionError("a pass ran")
+
+    graph = planish.capture(model)
+    planish.Pipeline([Picky()]).run(graph)
+    with pytest.raises(PlanishError, match="pass 'picky': needs calibration statistics"):
+        planish.Pipeline([Picky(), Picky(wanted=True)]).run(graph, instruments=[Watch()])
 
 
 # -- verify --------------------------------------------------------------------------------------

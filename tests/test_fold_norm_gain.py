@@ -149,3 +149,13 @@ def test_the_validator_rejects_a_wrong_fold(monkeypatch, what):
     b = Build()
     with pytest.raises(ValidationError, match="pass 'fold-norm-gain': changed the function"):
         Pipeline(PIPELINE).run(b.output(block(b)[1]))
+
+
+def test_a_tied_embedding_and_head():
+    b = Build()
+    table = b.random(20, 6, name="table")
+    x = b("embedding", table, b.input("ids", "i64[b, s]"))
+    graph = b.output(b("linear", b("rms_norm", x, b.random(6, name="gain")), table))
+    after, report = run(graph, PIPELINE)
+    assert after == graph
+    assert reasons(report) == ["gain: the tied %table gives the norm's input the transform of its result"]

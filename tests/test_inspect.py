@@ -160,3 +160,26 @@ def test_acts_have_a_lift() -> None:
     from planish.report.inspection import LIFTS
 
     assert set(LIFTS) == set(Act)
+
+
+def test_absorbers_are_those_of_an_act_that_is_free() -> None:
+    """Behind the norm only shifts are free: what absorbs them is shown, not what would absorb a scale."""
+    graph, found = inspected(block(1, readers="qkv", residual="post"))
+    shifts = {s.key(): s for s in analyse(graph).of(Act.SHIFT)}
+    rows = [r for r in found.rows if r.admitted == ("shift",)]
+    assert rows
+    for row in rows:
+        space = next(s for key, s in shifts.items() if {name for name, _ in key} == set(row.tensors))
+        assert row.writers == tuple(dict.fromkeys(m.value.name if m.value else "(absent)" for m in space.producers))
+
+
+def test_each_act_shows_its_own_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make = Builder()
+    up = make.linear("x", "up", WIDTH, 16)
+    model = save(make.model(make.linear(make.node("Gelu", [up], "active"), "down", 16)), tmp_path / "m.onnx")
+    assert main(["inspect", str(model)]) == 0
+    text = " ".join(part for line in capsys.readouterr().out.splitlines() for part in line.split("|")[-2:-1])
+    text = " ".join(text.split())
+    assert "scale: gelu %active: its result is not proportional to its operand" in text
+    assert "shift: gelu %active: a shift of its operand does not shift its result" in text
+    assert "rotate, linear: gelu %active: it bends each channel by itself" in text

@@ -18,9 +18,9 @@ from onnx_models import linear
 
 from planish.capture.from_onnx import from_onnx
 from planish.codegen import files
-from planish.codegen.files import atomic, atomic_group
 from planish.codegen.onnx import to_model, write
 from planish.ir.errors import InvalidModelError, PlanishError
+from planish.ir.files import atomic, atomic_group
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import roundtrip

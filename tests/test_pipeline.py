@@ -148,7 +148,7 @@ MISTAKES: dict[str, tuple[str, str | None, str | None]] = {
         None,
     ),
     "lower{targt=ort}": (
-        "pass 'lower': unknown option 'targt'; expected target",
+        "pass 'lower': unknown option 'targt'; expected target, opset",
         None,
         "did you mean 'target'?",
     ),

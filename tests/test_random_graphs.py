@@ -32,3 +32,8 @@ def test_200_random_graphs(plan: list[Step], seed: int) -> None:
 @given(steps, st.integers(0, 1000))
 def test_2000_random_graphs(plan: list[Step], seed: int) -> None:
     check(plan, seed)
+
+
+def test_copies_that_are_linked_unlike_are_not_mixed() -> None:
+    """Found at random: two copies of a channel (a head split) cross over in a gather; a rotation mixed them up."""
+    check([(21, 0, 3, 0), (0, 0, 0, 0), (5, 2, 0, 0), (17, 0, 0, 0), (0, 0, 0, 0)], 0)

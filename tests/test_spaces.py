@@ -70,7 +70,7 @@ def test_values_to_output(act: Act) -> None:
     assert constants(space) == {"v.weight": ((0,), 1), "v.bias": ((0,), 1), "o.weight": ((1,), -1)}
     assert names([m.value for m in space.producers]) == {"v.weight", "v.bias"}
     assert names([m.value for m in space.consumers]) == {"o.weight"}
-    assert any(m.value.producer.op.name == "attention" and m.axes == (1, 3) for m in space.maximal_activations)
+    assert any(m.value.producer.op.name == "attention" and m.axes == (1, 3) for m in space.activations)
 
 
 @pytest.mark.parametrize("act", [Act.PERMUTE, Act.SCALE, Act.ROTATE, Act.LINEAR])

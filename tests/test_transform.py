@@ -57,7 +57,8 @@ def test_inverse(act: Act, seed: int) -> None:
     assert transform.size == transform.inverse().size == SIZE
     assert transform.inverse().act is act
     there = apply(x, (1,), transform)
-    assert not np.allclose(there, x)
+    stays = isinstance(transform, Permute) and bool((transform.order == np.arange(SIZE)).all())
+    assert np.allclose(there, x) == stays  # a permutation within small blocks may be drawn as the identity
     assert np.allclose(apply(there, (1,), transform.inverse()), x, rtol=1e-9, atol=1e-9)
 
 

@@ -19,9 +19,7 @@ from onnx import AttributeProto, ModelProto, NodeProto
 from planish.capture import onnx_file, onnx_ops
 from planish.capture.onnx_file import ExternalData
 from planish.capture.onnx_proto import (
-    ABSENT,
     DEFAULT_DOMAIN,
-    RESERVED,
     attribute_of,
     captured_names,
     constant_of,
@@ -34,6 +32,7 @@ from planish.ir import ops
 from planish.ir.constant import Constant
 from planish.ir.errors import InvalidModelError, nearest
 from planish.ir.graph import Attribute, Blob, Graph, Node, Value
+from planish.ir.onnx_attributes import ABSENT, RESERVED
 from planish.ir.types import UNKNOWN, Type
 
 

@@ -13,10 +13,11 @@ from google.protobuf.descriptor import FieldDescriptor  # type: ignore[import-un
 from google.protobuf.message import DecodeError, EncodeError, Message  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
 
-from planish.capture.onnx_proto import constant_of, no_file, subgraphs, tensor_of, type_of
+from planish.capture.onnx_proto import constant_of, no_file, subgraphs, type_of
 from planish.ir.constant import Constant, FileRange
 from planish.ir.errors import InvalidModelError
 from planish.ir.graph import Blob, Graph
+from planish.ir.onnx_attributes import tensor_of
 from planish.ir.types import UNKNOWN, Type, bits, from_onnx_enum
 
 LIMIT = 2**31 - 1  # bytes that one protobuf message can hold

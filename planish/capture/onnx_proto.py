@@ -1,6 +1,6 @@
-"""Pieces of an ONNX model to and from the IR: tensors, types, attributes, subgraphs.
+"""Pieces of an ONNX model as the IR has them: tensors, types, attributes, subgraphs.
 
-Both directions stand here, so that what capture keeps and what emission writes cannot drift apart.
+The way back, from the IR to ONNX, stands in `planish.ir.onnx_attributes`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import onnx
 from google.protobuf import text_format  # type: ignore[import-untyped]
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, TypeProto
 
-from planish.ir.constant import Constant, FileRange, pack_bits, unpack_bits
-from planish.ir.errors import InvalidModelError, PlanishError
+from planish.ir.constant import Constant, FileRange, unpack_bits
+from planish.ir.errors import InvalidModelError
 from planish.ir.graph import Attribute, Blob
+from planish.ir.onnx_attributes import MESSAGES
 from planish.ir.types import (
     UNKNOWN,
     OtherType,
@@ -24,17 +25,12 @@ from planish.ir.types import (
     bits,
     from_onnx_enum,
     numpy_dtype,
-    onnx_enum,
 )
 
 if TYPE_CHECKING:
     from planish.ir.types import Dim
 
-ABSENT = OtherType("absent")
-"""The type of a result that an ONNX node leaves out (an output with an empty name)."""
-
 DEFAULT_DOMAIN = "onnx"  # how the IR spells ONNX's default domain, whose own name is empty
-RESERVED = ("captures", "onnx_opset", "onnx_overload")  # attributes that planish adds to opaque nodes
 
 Resolver = Callable[[TensorProto], FileRange]
 
@@ -144,33 +140,11 @@ def _wrong_length(tensor: TensorProto, expected: int, got: int, unit: str) -> In
     )
 
 
-def tensor_of(constant: Constant, name: str = "") -> TensorProto:
-    """A tensor that holds the constant's data, rounded to its logical dtype."""
-    tensor = TensorProto(name=name, data_type=onnx_enum(constant.dtype), dims=constant.shape)
-    if constant.dtype == "str":
-        tensor.string_data.extend(_bytes(s) for s in constant.array().reshape(-1))
-    else:
-        tensor.raw_data = data_bytes(constant)
-    return tensor
-
-
-def data_bytes(constant: Constant) -> bytes:
-    """The raw little-endian bytes of a constant, narrow elements packed."""
-    array = constant.array()
-    if bits(constant.dtype) < 8:
-        return pack_bits(array, constant.dtype).tobytes()
-    return array.tobytes()
-
-
 def _text(data: bytes) -> str | bytes:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return data
-
-
-def _bytes(data: str | bytes) -> bytes:
-    return data.encode("utf-8") if isinstance(data, str) else bytes(data)
 
 
 # -- types ---------------------------------------------------------------------------------------
@@ -200,29 +174,6 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> Dim:
     return dim.dim_param or None
 
 
-def type_proto(type_: Type) -> TypeProto | None:
-    """The ONNX type of an IR type; None for an unknown one."""
-    proto = TypeProto()
-    if isinstance(type_, TensorType):
-        proto.tensor_type.elem_type = onnx_enum(type_.dtype)
-        if type_.shape is not None:
-            proto.tensor_type.shape.SetInParent()
-            for dim in type_.shape:
-                target = proto.tensor_type.shape.dim.add()
-                if isinstance(dim, int):
-                    target.dim_value = dim
-                elif dim is not None:
-                    target.dim_param = dim
-        return proto
-    if not type_.text or type_ == ABSENT:
-        return None
-    try:
-        text_format.Parse(type_.text, proto)
-    except text_format.ParseError as error:
-        raise PlanishError(f"type {type_}: has no ONNX form: {error}") from None
-    return proto
-
-
 def refine(known: Type, other: Type) -> Type:
     """`known`, with what it leaves open filled in from `other`; `known` wins where they differ."""
     if not isinstance(known, TensorType):
@@ -248,11 +199,6 @@ _LISTS = {
     AttributeProto.SPARSE_TENSORS: "sparse_tensors",
     AttributeProto.TYPE_PROTOS: "type_protos",
 }
-_MESSAGES = {
-    AttributeProto.GRAPH: "g",
-    AttributeProto.SPARSE_TENSOR: "sparse_tensor",
-    AttributeProto.TYPE_PROTO: "tp",
-}
 
 
 def _blob(message: Any) -> Blob:
@@ -274,8 +220,8 @@ def attribute_of(proto: AttributeProto, resolve: Resolver = no_file) -> Attribut
         if proto.t.doc_string or proto.t.metadata_props:
             return _blob(proto)
         return constant_of(proto.t, resolve)
-    if kind in _MESSAGES:
-        return _blob(getattr(proto, _MESSAGES[kind]))
+    if kind in MESSAGES:
+        return _blob(getattr(proto, MESSAGES[kind]))
     items = getattr(proto, _LISTS[kind]) if kind in _LISTS else ()
     if not items:
         return _blob(proto)
@@ -288,79 +234,6 @@ def attribute_of(proto: AttributeProto, resolve: Resolver = no_file) -> Attribut
     if kind == AttributeProto.TENSORS:
         return tuple(constant_of(t, resolve) for t in items)
     return tuple(_blob(m) for m in items)
-
-
-def attribute_proto(name: str, value: Attribute) -> AttributeProto:
-    """The attribute of an IR value; the inverse of `attribute_of`.
-
-    Raises:
-        PlanishError: ONNX has no such attribute.
-    """
-    proto = AttributeProto(name=name)
-    if isinstance(value, bool | int):
-        proto.type, proto.i = AttributeProto.INT, int(value)
-    elif isinstance(value, float):
-        proto.type, proto.f = AttributeProto.FLOAT, value
-    elif isinstance(value, str | bytes):
-        proto.type, proto.s = AttributeProto.STRING, _bytes(value)
-    elif isinstance(value, Constant):
-        proto.type = AttributeProto.TENSOR
-        proto.t.CopyFrom(tensor_of(value))
-    elif isinstance(value, Blob):
-        _put_blob(proto, value)
-    elif isinstance(value, TensorType):
-        proto.type = AttributeProto.TYPE_PROTO
-        made = type_proto(value)
-        if made is not None:
-            proto.tp.CopyFrom(made)
-    elif isinstance(value, tuple) and value:
-        _put_tuple(proto, value)
-    else:
-        raise PlanishError(f"attribute '{name}': no ONNX attribute can hold {value!r}")
-    return proto
-
-
-def _message(blob: Blob) -> Any:
-    kind = getattr(onnx, blob.kind.removeprefix("onnx."), None)
-    if kind is None:
-        raise PlanishError(f"attribute of kind '{blob.kind}': not an ONNX message")
-    return kind.FromString(blob.data)
-
-
-def _put_blob(proto: AttributeProto, blob: Blob) -> None:
-    message = _message(blob)
-    if isinstance(message, AttributeProto):
-        proto.CopyFrom(message)
-        return
-    for kind, field in _MESSAGES.items():
-        if type(getattr(proto, field)) is type(message):
-            proto.type = kind
-            getattr(proto, field).CopyFrom(message)
-            return
-    raise PlanishError(f"attribute '{proto.name}': no ONNX attribute can hold a {blob.kind}")
-
-
-def _put_tuple(proto: AttributeProto, items: tuple[Attribute, ...]) -> None:
-    first = items[0]
-    if all(isinstance(i, int) for i in items):
-        proto.type = AttributeProto.INTS
-        proto.ints.extend(items)
-    elif all(isinstance(i, int | float) for i in items):
-        proto.type = AttributeProto.FLOATS
-        proto.floats.extend(items)
-    elif all(isinstance(i, str | bytes) for i in items):
-        proto.type = AttributeProto.STRINGS
-        proto.strings.extend(_bytes(i) for i in items)  # type: ignore[arg-type]
-    elif all(isinstance(i, Constant) for i in items):
-        proto.type = AttributeProto.TENSORS
-        proto.tensors.extend(tensor_of(i) for i in items if isinstance(i, Constant))
-    elif isinstance(first, Blob):
-        kinds = {"GraphProto": "GRAPHS", "SparseTensorProto": "SPARSE_TENSORS", "TypeProto": "TYPE_PROTOS"}
-        kind = kinds[first.kind.removeprefix("onnx.")]
-        proto.type = AttributeProto.AttributeType.Value(kind)
-        getattr(proto, kind.lower()).extend(_message(i) for i in items if isinstance(i, Blob))
-    else:
-        raise PlanishError(f"attribute '{proto.name}': no ONNX attribute can hold {items!r}")
 
 
 # -- subgraphs -----------------------------------------------------------------------------------

@@ -1,16 +1,10 @@
-"""Write files whole or not at all, and models with their weights beside them.
-
-An output is written under a temporary name in its own folder and renamed at the end: an interrupted
-run leaves the old file as it was.
-"""
+"""Write the weights of models beside them; see `planish.ir.files` for how files are written."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -24,89 +18,12 @@ _ALIGN = 64  # bytes; weights of a megabyte and more start on a page, so that re
 _PAGE = 4096
 
 
-@contextmanager
-def atomic(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file that takes the name `path` when the block ends without an error.
-
-    Raises:
-        PlanishError: the file cannot be written.
-    """
-    with atomic_group([path]) as (handle,):
-        yield handle
-
-
-@contextmanager
-def atomic_group(paths: list[str | Path] | list[Path] | list[str]) -> Iterator[list[IO[bytes]]]:
-    """Several files that take their names together: on an error all old ones stay, or come back."""
-    targets = [Path(p) for p in paths]
-    handles: list[IO[bytes]] = []
-    staged: list[Path] = []
-    try:
-        try:
-            for target in targets:
-                if target.is_dir():
-                    raise PlanishError(f"{target}: cannot be written: is a directory")
-                number, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
-                staged.append(Path(name))
-                handles.append(os.fdopen(number, "wb"))
-            yield handles
-            for handle in handles:
-                handle.close()
-            for name_, target in zip(staged, targets, strict=True):
-                os.chmod(name_, _mode(target))
-            _rename_all(staged, targets)
-        except OSError as error:
-            where = error.filename2 or targets[min(len(handles), len(targets) - 1)]
-            raise PlanishError(f"{where}: cannot be written: {error.strerror or error}") from error
-    finally:
-        for handle in handles:
-            with suppress(OSError):
-                handle.close()
-        for name_ in staged:
-            name_.unlink(missing_ok=True)
-
-
-def _mode(target: Path) -> int:
-    """The permissions of the old file, or those that a new one would get."""
-    try:
-        return target.stat().st_mode & 0o777
-    except OSError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
-
-
-def _rename_all(staged: list[Path], targets: list[Path]) -> None:
-    """Rename each; if one fails or the user interrupts, put the old files back."""
-    kept: dict[Path, Path] = {}
-    moved: list[Path] = []
-    try:
-        if len(targets) > 1:
-            for name, target in zip(staged, targets, strict=True):
-                if target.exists():
-                    kept[target] = name.with_suffix(".old")
-                    os.link(target, kept[target])
-        for name, target in zip(staged, targets, strict=True):
-            os.replace(name, target)
-            moved.append(target)
-    except BaseException:
-        for target in moved:
-            if target in kept:
-                os.replace(kept[target], target)
-            else:
-                target.unlink(missing_ok=True)
-        raise
-    finally:
-        for old in kept.values():
-            old.unlink(missing_ok=True)
-
-
 def append_weight(handle: IO[bytes], constant: Constant) -> tuple[int, int]:
     """Append a constant's bytes to a data file; (offset, length).
 
     Data that lies in a file is copied in chunks and never held as a whole.
     """
-    from planish.capture.onnx_proto import data_bytes
+    from planish.ir.onnx_attributes import data_bytes
 
     align = _PAGE if constant.nbytes >= 1 << 20 else _ALIGN
     offset = handle.tell()

@@ -7,7 +7,8 @@ What its kernels reward, measured (docs/targets.md):
 - per-row activations: QuantizeLinear with a run-time scale vector along axis 0 of the flattened
   tensor, the row scale multiplied back behind the product, and a bias of shape [1, N]: a
   one-dimensional one would be fused into BiasGelu, which is slower than Gelu;
-- attention as ONNX's Attention operator on [batch, tokens, heads * d], without transposes;
+- attention as ONNX's Attention operator on [batch, tokens, heads * d], without transposes. A row that
+  is masked throughout gives zeros there, see `_bounded`;
 - a residual sum spelled x - (-linear): the session's SkipLayerNormalization fusion, slower than
   its parts, looks for Add. The sign goes into the weight codes.
 """
@@ -15,23 +16,28 @@ What its kernels reward, measured (docs/targets.md):
 from __future__ import annotations
 
 import numpy as np
-import onnx
 
 from planish.capture.onnx_file import META_IR_VERSION, META_OPSETS, opsets_of
+from planish.codegen.onnx_emission import CONTRIB, Emission
 from planish.ir.constant import Constant
+from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops import get
 from planish.ir.rewriter import Declined, Rewriter
-from planish.ir.types import TensorType
+from planish.ir.types import TensorType, is_float
 from planish.passes.base import PassReport, place
 
-CONTRIB = "com.microsoft"
 ATTENTION_OPSET = 23
+MASK_FLOOR = float(np.finfo(np.float32).min) / 2
 ROW_FLOOR = 1e-30  # the least row maximum: a row of zeros keeps a positive scale
 
 
-def lower(graph: Graph, report: PassReport) -> None:
-    """Rewrite in place; what cannot be rewritten stays in standard form and is reported."""
+def lower(graph: Graph, report: PassReport, opset: int | None = None) -> None:
+    """Rewrite in place; what cannot be rewritten stays in standard form and is reported.
+
+    Args:
+        opset: that the graph will be written at; the model's own by default.
+    """
     with Rewriter(graph) as rewriter:
         rows: dict[Value, _Rows] = {}
         for node in list(graph.nodes):
@@ -46,17 +52,18 @@ def lower(graph: Graph, report: PassReport) -> None:
         for node in list(graph.nodes):
             if node.graph is not None and node.op.name == "layer_norm" and _residual(node, rewriter):
                 report.applied.append(f"{place(node)}: residual")
-    if _raise_opset(graph, ATTENTION_OPSET):
-        masks: dict[Value, Value] = {}
-        with Rewriter(graph) as rewriter:
-            for node in list(graph.nodes):
-                if node.graph is None or node.op.name != "attention":
-                    continue
-                try:
-                    _attention(node, rewriter, masks)
-                    report.applied.append(place(node))
-                except Declined as refusal:
-                    report.decline(str(refusal), node)
+    version = None
+    masks: dict[tuple[Value, bool], Value] = {}
+    with Rewriter(graph) as rewriter:
+        for node in list(graph.nodes):
+            if node.graph is None or node.op.name != "attention":
+                continue
+            try:
+                version = version or _attention_opset(graph, opset)
+                _attention(node, rewriter, report, masks, version)
+                report.applied.append(place(node))
+            except Declined as refusal:
+                report.decline(str(refusal), node)
 
 
 # -- quantised linears -----------------------------------------------------------------------------
@@ -265,28 +272,29 @@ def _negatable(value: Value | None) -> list[Node] | None:
 # -- attention ---------------------------------------------------------------------------------------
 
 
-def _raise_opset(graph: Graph, version: int) -> bool:
-    """Move the graph to at least that opset; False if an opaque node has another form there, or nothing needs it."""
+def _attention_opset(graph: Graph, wanted: int | None) -> int:
+    """The opset at which attention is written; the graph is moved to it unless `wanted` says where it will be.
+
+    Raises:
+        Declined: the operator is younger than `wanted`, or a node of the model has another form there.
+    """
+    if wanted is not None and wanted < ATTENTION_OPSET:
+        raise Declined(f"the operator is in opset {ATTENTION_OPSET}; {wanted} was asked for")
     opsets = opsets_of(graph)
     own = opsets.get("onnx", opsets.get("", 0))
-    if not any(node.op.name == "attention" for node in graph.nodes):
-        return False
-    if own >= version:
-        return True
-    for node in graph.nodes:
-        if not node.op.opaque or not node.op.name.startswith("onnx::"):
-            continue
-        name = node.op.name.removeprefix("onnx::")
-        made = node.attributes.get("onnx_opset", own)
-        assert isinstance(made, int)
-        then, now = (onnx.defs.get_schema(name, v, "").since_version for v in (made, version))
-        if then != now:
-            return False
-    pairs = tuple((domain, max(v, version) if domain in ("", "onnx") else v) for domain, v in opsets.items())
-    graph.meta[META_OPSETS] = pairs or (("", version),)
-    ir_version = graph.meta.get(META_IR_VERSION)
-    graph.meta[META_IR_VERSION] = max(ir_version, 11) if isinstance(ir_version, int) else 11
-    return True
+    version = wanted or max(own, ATTENTION_OPSET)
+    if version == own:
+        return version
+    try:
+        Emission(graph, opset=version).check_versions()
+    except PlanishError as error:
+        raise Declined(f"the operator is in opset {ATTENTION_OPSET}: {error.what}") from error
+    if wanted is None:
+        pairs = tuple((domain, version if domain in ("", "onnx") else v) for domain, v in opsets.items())
+        graph.meta[META_OPSETS] = pairs or (("", version),)
+        ir_version = graph.meta.get(META_IR_VERSION)
+        graph.meta[META_IR_VERSION] = max(ir_version, 11) if isinstance(ir_version, int) else 11
+    return version
 
 
 def _merged(value: Value | None, perm: tuple[int, ...]) -> tuple[Value, int] | None:
@@ -304,7 +312,9 @@ def _merged(value: Value | None, perm: tuple[int, ...]) -> tuple[Value, int] | N
     return before, heads
 
 
-def _attention(node: Node, rewriter: Rewriter, masks: dict[Value, Value]) -> None:
+def _attention(
+    node: Node, rewriter: Rewriter, report: PassReport, masks: dict[tuple[Value, bool], Value], version: int
+) -> None:
     q, k, v = (_merged(node.operands[i], (0, 2, 1, 3)) for i in range(3))
     if q is None or k is None or v is None:
         raise Declined("its operands are not transposed head splits", node)
@@ -319,7 +329,7 @@ def _attention(node: Node, rewriter: Rewriter, masks: dict[Value, Value]) -> Non
     if merge.result.shape is None or width is None or merge.result.shape[-1] != width:
         raise Declined("its heads are merged into another shape", node)
     attributes: dict[str, object] = {
-        "onnx_opset": ATTENTION_OPSET,
+        "onnx_opset": version,
         "q_num_heads": q[1],
         "kv_num_heads": k[1],
     }
@@ -329,9 +339,13 @@ def _attention(node: Node, rewriter: Rewriter, masks: dict[Value, Value]) -> Non
         attributes["scale"] = node.attributes["scale"]
     mask = node.operand(3)
     if mask is not None:
-        if mask not in masks:  # made before the first reader: every other one comes later
-            masks[mask] = _expanded(mask, q[0], node, rewriter)
-        mask = masks[mask]
+        if mask.shape is None or mask.shape[-1] == 1:
+            raise Declined("its mask is broadcast over the keys", node)
+        safe = bool(node.attributes.get("safe", False))
+        if (mask, safe) not in masks:  # made before the first reader: every other one comes later
+            bounded = _bounded(mask, safe, node, rewriter, report)
+            masks[mask, safe] = _expanded(bounded, q[0], node, rewriter)
+        mask = masks[mask, safe]
     made = rewriter.insert(
         get("onnx::Attention"), [q[0], k[0], v[0], mask], attributes,  # type: ignore[arg-type]
         before=node, types=[merge.result.type], source=node.source,
@@ -339,12 +353,47 @@ def _attention(node: Node, rewriter: Rewriter, masks: dict[Value, Value]) -> Non
     rewriter.replace(merge.result, made.result)
 
 
+def _bounded(mask: Value, safe: bool, node: Node, rewriter: Rewriter, report: PassReport) -> Value:
+    """The mask as the kernel must see it: where the lowest float does not mean -inf, without it.
+
+    The kernel gives 0 for a row whose scores are all -inf or the lowest float. That is what a guarded softmax (`safe`)
+    does on -inf; on finite scores, and without the guard, softmax spreads such a row evenly, as the kernel does on
+    half of the lowest float.
+    """
+    if mask.dtype != "f32" or (safe and not _finite(mask)):
+        if mask.dtype == "f32":
+            report.notes.append(f"{place(node)}: rows that %{mask.name} masks throughout give 0")
+        return mask
+    if mask.is_constant and mask.constant is not None and not mask.is_input:
+        if (mask.constant.wide() >= MASK_FLOOR).all():
+            return mask
+    least = rewriter.constant(Constant.of(np.float32(MASK_FLOOR)), "least")
+    return rewriter.insert("max", [mask, least], before=node, types=[mask.type]).result
+
+
+def _finite(value: Value | None, depth: int = 8) -> bool:
+    """True if a mask is made from finite constants and numbers that were no floats, so that it is never -inf."""
+    if value is None or depth == 0:
+        return False
+    if value.is_constant and value.constant is not None and not value.is_input:
+        return bool(np.isfinite(value.constant.wide()).all())
+    node = value.producer
+    if node is None:
+        return False
+    if node.op.name == "cast":
+        return node.operands[0] is not None and not is_float(node.operands[0].dtype)
+    if node.op.name in ("where", "mul", "sub"):
+        return all(_finite(v, depth - 1) for v in node.operands[node.op.name == "where" :])
+    shaping = ("expand", "unsqueeze", "squeeze", "reshape", "slice", "transpose")
+    return node.op.name in shaping and _finite(node.operands[0], depth - 1)
+
+
 def _expanded(mask: Value, query: Value, node: Node, rewriter: Rewriter) -> Value:
     """The mask with its query axis at full length: the kernel does not broadcast it."""
-    if mask.rank != 4 or mask.shape is None or mask.shape[2] != 1 or query.shape is None:
+    if mask.rank is None or mask.shape is None or mask.shape[-2] != 1 or query.shape is None:
         return mask
     one = rewriter.constant(Constant.of(np.array([1], np.int64)), "one")
     length = rewriter.insert("shape", [query], {"start": 1, "end": 2}, before=node).result
-    dims = rewriter.insert("concat", [one, one, length, one], {"axis": 0}, before=node).result
-    full = TensorType(str(mask.dtype), (mask.shape[0], mask.shape[1], query.shape[1], mask.shape[3]))
+    dims = rewriter.insert("concat", [*[one] * (mask.rank - 2), length, one], {"axis": 0}, before=node).result
+    full = TensorType(str(mask.dtype), (*mask.shape[:-2], query.shape[1], mask.shape[-1]))
     return rewriter.insert("expand", [mask, dims], before=node, types=[full]).result

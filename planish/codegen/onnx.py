@@ -12,11 +12,12 @@ from pathlib import Path
 from onnx import ModelProto, TensorProto
 
 from planish.capture.onnx_file import LIMIT, META_REST
-from planish.capture.onnx_proto import tensor_of
-from planish.codegen.files import append_weight, atomic, atomic_group, free_space, refuse_overwriting
+from planish.codegen.files import append_weight, free_space, refuse_overwriting
 from planish.codegen.onnx_emission import Emission, emitter
 from planish.ir.errors import PlanishError
+from planish.ir.files import atomic, atomic_group
 from planish.ir.graph import Graph
+from planish.ir.onnx_attributes import tensor_of
 from planish.ir.types import onnx_enum
 
 __all__ = ["Emission", "emitter", "to_model", "write"]

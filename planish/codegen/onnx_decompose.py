@@ -219,8 +219,8 @@ def _attention(node: Node, e: Emission) -> None:
     q, k, v, mask = (node.operand(i) for i in range(4))
     scale, causal = node.attributes.get("scale"), bool(node.attributes.get("causal", False))
     safe = bool(node.attributes.get("safe", False))
-    if e.since("Attention") >= 23 and not safe:
-        names = [e.name(value) for value in (q, k, v, mask)]
+    if e.since("Attention") >= 23 and not safe and (mask is None or _covers_keys(mask)):
+        names = [e.name(q), e.name(k), e.name(v), _full_rows(e, mask, q)]
         e.add("Attention", names, e.outputs(node), scale=scale, is_causal=1 if causal else None)
         return
     if q is None or k is None or v is None:
@@ -245,6 +245,23 @@ def _attention(node: Node, e: Emission) -> None:
     if safe:  # a row that is masked throughout gives zeros
         weights = e.add("Where", [e.add("IsNaN", [weights]), e.scalar(0.0, q), weights])
     e.add("MatMul", [weights, _shared_heads(node, e, q, v)], e.outputs(node))
+
+
+def _covers_keys(mask: Value) -> bool:
+    """True if the operator takes the mask: ONNX Runtime's does not broadcast it over the keys."""
+    return mask.shape is not None and len(mask.shape) >= 2 and mask.shape[-1] != 1
+
+
+def _full_rows(e: Emission, mask: Value | None, q: Value | None) -> str:
+    """The mask with its query axis at full length: ONNX Runtime's operator does not broadcast it."""
+    if mask is None or mask.shape is None or q is None or mask.shape[-2] != 1:
+        return e.name(mask)
+    if q.shape is not None and q.shape[2] == 1:
+        return e.name(mask)
+    ones = [e.ints((1,), "one")] * (len(mask.shape) - 2)
+    length = e.add("Shape", [e.name(q)], start=2, end=3)
+    dims = e.add("Concat", [*ones, length, e.ints((1,), "one")], axis=0)
+    return e.add("Expand", [e.name(mask), dims])
 
 
 def _shared_heads(node: Node, e: Emission, q: Value, k: Value) -> str:

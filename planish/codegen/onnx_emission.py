@@ -11,9 +11,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 
 from planish.capture.onnx_file import META_IR_VERSION, opsets_of, unpack_rest
 from planish.capture.onnx_proto import (
-    ABSENT,
     DEFAULT_DOMAIN,
-    attribute_proto,
     captured_names,
     defined_names,
     dialect,
@@ -21,15 +19,17 @@ from planish.capture.onnx_proto import (
     rename_free,
     subgraphs,
     type_of,
-    type_proto,
 )
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Attribute, Blob, Graph, Node, Value
+from planish.ir.onnx_attributes import ABSENT, attribute_proto, type_proto
 from planish.ir.types import TensorType
 
 DEFAULT_OPSET = 21  # for graphs that did not come from ONNX
 DEFAULT_IR_VERSION = 10
+AXIS_OPSET = 13  # of QuantizeLinear and DequantizeLinear with a scale per channel
+CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
 Emitter = Callable[[Node, "Emission"], None]
 _emitters: dict[str, Emitter] = {}
@@ -54,27 +54,42 @@ def _schema(op_type: str, domain: str, version: int) -> onnx.defs.OpSchema | Non
         return None
 
 
+def check_opset(opset: int) -> None:
+    """An error if there is no such version of ONNX's default domain."""
+    newest = onnx.defs.onnx_opset_version()
+    if not 1 <= opset <= newest:
+        raise PlanishError(f"opset {opset}: unknown; expected 1 to {newest}")
+
+
+def check_target(target: str) -> None:
+    """An error if there is no such target."""
+    if target not in ("onnx", "ort"):
+        raise PlanishError(f"target '{target}': unknown; expected onnx or ort")
+
+
 class Emission:
     """One emission: what emitters add nodes and weights to.
 
     Attributes:
-        opset: the version of ONNX's default domain.
+        opset: the version of ONNX's default domain: what was asked for, else the graph's own, raised where
+            quantised nodes need it.
         target: "onnx" or "ort".
         weights: the initialisers by name.
         names: the emitted name of each value.
     """
 
     def __init__(self, graph: Graph, *, opset: int | None = None, target: str = "onnx") -> None:
-        if target not in ("onnx", "ort"):
-            raise PlanishError(f"target '{target}': unknown; expected onnx or ort")
+        check_target(target)
         self.graph = graph
         self.target = target
         self.rest = unpack_rest(graph)
         self.imports = {domain_of(dialect(d)): v for d, v in opsets_of(graph).items()}
         self.opset = opset or self.imports.get("") or DEFAULT_OPSET
-        newest = onnx.defs.onnx_opset_version()
-        if opset is not None and not 1 <= opset <= newest:
-            raise PlanishError(f"opset {opset}: unknown; expected 1 to {newest}")
+        if opset is not None:
+            check_opset(opset)
+        if opset is None and self.opset < least_opset(graph):
+            opset = self.opset = least_opset(graph)
+        self.imported = frozenset(self.imports)
         self.imports[""] = self.opset
         version = graph.meta.get(META_IR_VERSION)
         self.ir_version = version if isinstance(version, int) else DEFAULT_IR_VERSION
@@ -126,14 +141,15 @@ class Emission:
         """Add a node; the name of its first output. Attributes that are None are left out.
 
         Raises:
-            PlanishError: the opset has no such operator.
+            PlanishError: the opset has no such operator, or not with these operands and attributes.
         """
         if outputs is None:
             outputs = [self.fresh(hint or op_type.lower())]
         elif isinstance(outputs, str):
             outputs = [outputs]
-        if domain == "" and _schema(op_type, "", self.opset) is None:
-            raise PlanishError(f"operator '{op_type}': unknown in opset {self.opset}", hint="write at a higher opset")
+        given = {key: value for key, value in {**(attributes or {}), **more}.items() if value is not None}
+        if domain == "":
+            self._check_form(op_type, inputs, given)
         if domain and domain not in self.imports:
             self.imports[domain] = 1
         inputs = list(inputs)
@@ -146,11 +162,21 @@ class Emission:
             proto.name = self._source  # the first node that came from a node gets its name
             self._sources.add(self._source)
         self._source = ""
-        for key, value in {**(attributes or {}), **more}.items():
-            if value is not None:
-                proto.attribute.append(attribute_proto(key, value))
+        for key, value in given.items():
+            proto.attribute.append(attribute_proto(key, value))
         self.nodes.append(proto)
         return outputs[0]
+
+    def _check_form(self, op_type: str, inputs: Sequence[str], attributes: Mapping[str, Attribute]) -> None:
+        schema, lack = _schema(op_type, "", self.opset), ""
+        if schema is None:
+            lack = "unknown"
+        elif unknown := next((key for key in attributes if key not in schema.attributes), ""):
+            lack = f"has no attribute '{unknown}'"
+        elif len(inputs) > schema.max_input:
+            lack = f"has {schema.max_input} operands, not {len(inputs)},"
+        if lack:
+            raise PlanishError(f"operator '{op_type}': {lack} in opset {self.opset}", hint="write at a higher opset")
 
     def weight(self, constant: Constant, hint: str = "const", *, key: object = None) -> str:
         """Add a weight; equal small ones, and those of one `key`, are shared."""
@@ -195,6 +221,17 @@ class Emission:
     def fail(self, node: Node, why: str) -> PlanishError:
         """The error that a node cannot be written."""
         return PlanishError(f"op '{node.op.name}': {why} in ONNX opset {self.opset}", where=str(node))
+
+    def check_versions(self) -> None:
+        """Check that every node that planish does not know means the same at this opset.
+
+        Raises:
+            PlanishError: one does not.
+        """
+        for node in self.graph.nodes:
+            if node.op.opaque:
+                dialect_name, _, op_type = node.op.name.rpartition("::")
+                self._check_version(node, op_type, domain_of(dialect_name))
 
     # -- the model -------------------------------------------------------------------------------
 
@@ -307,6 +344,10 @@ class Emission:
         if dialect_name == "torch":
             raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node))
         domain = domain_of(dialect_name)
+        if self.target == "onnx" and domain == CONTRIB and domain not in self.imported:
+            raise PlanishError(
+                f"op '{node.op.name}': is not in target onnx", where=str(node), hint="write for --target ort"
+            )
         overload = node.attributes.get("onnx_overload")
         self._check_version(node, op_type, domain)
         captures = node.attributes.get("captures")
@@ -403,6 +444,17 @@ class Emission:
             value_ = by_name.get(info.name)
             if value_ is not None and value_.producer is not None:
                 graph.value_info.append(_value_info(info.name, value_, info))
+
+
+def least_opset(graph: Graph) -> int:
+    """The first opset that can say what the quantised nodes of a graph do; 1 if there are none."""
+    least = 1
+    for node in graph.nodes:
+        if node.op.name in ("quantize", "dequantize"):
+            least = max(least, 10 if node.attributes.get("axis") is None else AXIS_OPSET)
+        elif node.op.name == "dynamic_quantize":
+            least = max(least, 11)
+    return least
 
 
 def _value_info(name: str, value: Value, original: ValueInfoProto | None) -> ValueInfoProto:

@@ -103,7 +103,11 @@ def _fixed_ints(node: Node, e: Emission, index: int, what: str) -> tuple[int, ..
 
 @emitter("reshape")
 def _reshape(node: Node, e: Emission) -> None:
-    e.add("Reshape", operands(node, e), e.outputs(node), allowzero=unless(int(get(node, "allowzero")), 0))
+    allowzero = unless(int(get(node, "allowzero")), 0)
+    dims = node.operands[1]
+    if e.since("Reshape") < 14 and dims is not None and dims.is_constant and dims.constant is not None:
+        allowzero = allowzero if (dims.constant.array() == 0).any() else None
+    e.add("Reshape", operands(node, e), e.outputs(node), allowzero=allowzero)
 
 
 @emitter("transpose")
@@ -180,7 +184,14 @@ def _pad(node: Node, e: Emission) -> None:
 @emitter("shape")
 def _shape(node: Node, e: Emission) -> None:
     start, end = unless(get(node, "start"), 0), get(node, "end")
-    e.add("Shape", operands(node, e), e.outputs(node), start=start, end=end)
+    if e.since("Shape") >= 15 or (start is None and end is None):
+        e.add("Shape", operands(node, e), e.outputs(node), start=start, end=end)
+        return
+    whole, limits = e.add("Shape", operands(node, e)), (start or 0, 1 << 31 if end is None else end)
+    if e.since("Slice") >= 10:
+        e.add("Slice", [whole, *(e.ints((i,), "limit") for i in limits)], e.outputs(node))
+    else:
+        e.add("Slice", [whole], e.outputs(node), starts=limits[:1], ends=limits[1:])
 
 
 @emitter("constant_of_shape")

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 import numpy as np
 
-from planish.codegen.onnx import Emission, emitter
+from planish.codegen.onnx_emission import AXIS_OPSET, Emission, emitter
 from planish.ir.constant import Constant
-from planish.ir.graph import Node
+from planish.ir.graph import Attribute, Node
 from planish.ir.types import onnx_enum
+
+
+def _axis(node: Node, e: Emission) -> Attribute:
+    axis = node.attributes.get("axis")
+    if axis is not None and e.opset < AXIS_OPSET:
+        raise e.fail(node, "a scale per channel is not possible")
+    return axis
 
 
 @emitter("quantize")
 def _quantize(node: Node, e: Emission) -> None:
-    axis = node.attributes.get("axis")
+    axis = _axis(node, e)
     dtype = str(node.attributes.get("dtype", "u8"))
     operands = [e.name(v) for v in node.operands]
     if len(operands) < 3:
@@ -30,7 +37,7 @@ def _quantize(node: Node, e: Emission) -> None:
 
 @emitter("dequantize")
 def _dequantize(node: Node, e: Emission) -> None:
-    axis, scale = node.attributes.get("axis"), node.operands[1]
+    axis, scale = _axis(node, e), node.operands[1]
     assert scale is not None
     operands = [e.name(v) for v in node.operands]
     if axis is not None or scale.rank == 0:

@@ -13,12 +13,14 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planish.calibrate.collect import check_weights, collect
 from planish.calibrate.data import Calibration, load_calibration
+from planish.codegen.lower import Lower
+from planish.codegen.onnx_emission import AXIS_OPSET, Emission, check_opset, check_target
 from planish.integrate.api import capture, to_onnx
 from planish.integrate.recipes import Recipe, load_recipe
 from planish.ir.errors import PlanishError
@@ -27,7 +29,6 @@ from planish.ir.stats import Stats
 from planish.ir.types import TensorType
 from planish.passes.base import Exactness, Pass
 from planish.passes.manager import Instrument, Pipeline, Report
-from planish.passes.pipeline import make_pass
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,19 +135,20 @@ def convert(
             f"recipe '{chosen.name}': needs calibration data", hint="give some: --calibrate, or calibration="
         )
     goal = target or chosen.target
-    if goal not in ("onnx", "ort"):
-        raise PlanishError(f"target '{goal}': unknown; expected onnx or ort")
+    check_target(goal)
+    passes = for_opset(lowered(chosen.passes(), goal), opset)
     check_output(out)
     graph = capture(model)
     check_weights(graph)
     result, report, stats = run_pipeline(
         graph,
-        lowered(chosen.passes(), goal),
+        passes,
         calibration=calibration,
         seed=seed,
         validate=validate,
         instruments=instruments,
         progress=progress,
+        ready=lambda raised: check_emission(raised, goal, opset),
     )
     before = model_size(model, graph)
     to_onnx(result, out, target=goal, opset=opset)
@@ -165,9 +167,34 @@ def convert(
 
 def lowered(pipeline: Pipeline, target: str) -> Pipeline:
     """The pipeline with the lowering to a target behind it, unless it has one of its own."""
-    if any(p.name == "lower" for p in pipeline.passes):
+    if any(isinstance(p, Lower) for p in pipeline.passes):
         return pipeline
-    return Pipeline([*pipeline.passes, make_pass("lower", {"target": target})])
+    return Pipeline([*pipeline.passes, Lower(target=target)])  # type: ignore[arg-type]
+
+
+def for_opset(pipeline: Pipeline, opset: int | None) -> Pipeline:
+    """The pipeline with its lowering told at which opset the graph will be written, where that was asked for.
+
+    Raises:
+        PlanishError: there is no such opset, or it cannot say what the pipeline makes.
+    """
+    if opset is None:
+        return pipeline
+    check_opset(opset)
+    passes = pipeline.passes
+    if opset < AXIS_OPSET and any("quantised" in p.gives for p in passes):
+        raise PlanishError(f"opset {opset}: has no scales per channel", hint=f"write at opset {AXIS_OPSET} or later")
+    return Pipeline([replace(p, opset=p.opset or opset) if isinstance(p, Lower) else p for p in passes])
+
+
+def check_emission(graph: Graph, target: str, opset: int | None) -> None:
+    """An error if a graph could not be written at the opset that was asked for: before the long work, not after it.
+
+    Raises:
+        PlanishError: an op has no form there.
+    """
+    if opset is not None:
+        Emission(graph, opset=opset, target=target).model()
 
 
 def run_pipeline(
@@ -179,11 +206,15 @@ def run_pipeline(
     validate: bool = True,
     instruments: Iterable[Instrument] = (),
     progress: Progress = _plain,
+    ready: Callable[[Graph], None] = lambda graph: None,
 ) -> tuple[Graph, Report, Stats | None]:
     """Run a pipeline on a graph, collecting the statistics that it needs on the way.
 
     The passes before the first that reads statistics (or that changes numbers) run first; calibration
     data is evaluated on what they make; then the rest runs.
+
+    Args:
+        ready: called with the graph on which statistics will be collected; it may refuse it.
 
     Raises:
         PlanishError: as `Pipeline.run` and `collect`.
@@ -210,6 +241,7 @@ def run_pipeline(
         raised, opening = Pipeline(pipeline.passes[:head]).run(
             graph, samples=samples, validate=validate, seed=seed, instruments=instruments, progress=progress
         )
+    ready(raised)
     stats = collect(
         raised,
         _sized(itertools.chain([first], iterator), batches),

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from planish.codegen.files import atomic_group
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
+from planish.ir.files import atomic_group
 from planish.ir.graph import Graph
 from planish.ir.text import parse, render
 from planish.ir.types import numpy_dtype

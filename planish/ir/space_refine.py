@@ -78,7 +78,7 @@ class Refiner:
         cut = self._cut.get(key)
         if cut is None:
             renumbered = [(local[a], local[b], pairs, sign) for a, b, pairs, sign in links]
-            cut = self._cut[key] = _cut(sizes, renumbered, walls, plain)
+            cut = self._cut[key] = _cut(sizes, renumbered, walls, plain, self.search.act in MIXING)
         return [Part(p.size, {elements[i]: atoms for i, atoms in p.atoms.items()}, p.labels) for p in cut]
 
     def _wall_dims(self, element: int) -> tuple[tuple[int, int], ...]:
@@ -97,12 +97,12 @@ class Refiner:
 Wall = tuple[int, tuple[tuple[int, int], ...], tuple[Axes, ...]]  # element, (axis, dim) of it, walls
 
 
-def _cut(sizes: list[int], links: Sequence[LinkRecord], walls: Sequence[Wall], plain: bool) -> list[Part]:
+def _cut(sizes: list[int], links: Sequence[LinkRecord], walls: Sequence[Wall], plain: bool, mixing: bool) -> list[Part]:
     count = len(sizes)
     if plain:
         size = Refiner._one_size(sizes)
         own = [np.arange(size)] * count
-        return [Part(size, dict.fromkeys(range(count)), _labels(own, walls, size))]
+        return [Part(size, dict.fromkeys(range(count)), _labels(own, walls, np.zeros(size, np.uint64)))]
     starts = np.cumsum([0, *sizes])
     total = int(starts[-1])
     left, right = [], []
@@ -126,7 +126,7 @@ def _cut(sizes: list[int], links: Sequence[LinkRecord], walls: Sequence[Wall], p
         salt = np.array([_hash(element, int(m)) for m in kinds], np.uint64)
         signature[channels] += salt[np.searchsorted(kinds, multiplicity)]
     _, kind = np.unique(signature, return_inverse=True)
-    labels = _labels(classes, walls, number)
+    labels = _labels(classes, walls, _copies(classes, links, number)) if mixing else None
     parts = []
     for k in dict.fromkeys(kind.tolist()):
         members = np.flatnonzero(kind == k)
@@ -151,11 +151,36 @@ def _ranked(first: np.ndarray) -> np.ndarray:
     return rank
 
 
-def _labels(classes: Sequence[np.ndarray], walls: Sequence[Wall], count: int) -> np.ndarray | None:
-    """Which channels may be mixed: equal labels iff no wall separates them."""
-    if not walls:
-        return None
+def _copies(classes: Sequence[np.ndarray], links: Sequence[LinkRecord], count: int) -> np.ndarray:
+    """For each channel a hash of how its copies in one element answer to its copies in another.
+
+    Mixing channels mixes copy k with copy k in every element: that is one thing only for channels whose
+    copies are linked alike. Zeros where every channel stands once in every element.
+    """
     mixed = np.zeros(count, np.uint64)
+    ranks = []
+    for own in classes:
+        order = np.argsort(own, kind="stable")
+        starts = np.flatnonzero(np.diff(own[order], prepend=-1))
+        rank = np.empty(len(own), np.int64)
+        rank[order] = np.arange(len(own)) - np.repeat(starts, np.diff(starts, append=len(own)))
+        ranks.append(rank)
+    if not any(rank.any() for rank in ranks):
+        return mixed
+    for number, (one, two, pairs, _) in enumerate(links):
+        left, right = pairs if pairs is not None else (np.arange(len(classes[one])),) * 2
+        both = np.stack([ranks[one][left], ranks[two][right]])
+        kinds, kind = np.unique(both, axis=1, return_inverse=True)
+        salt = np.array([_hash(~number, int(a), int(b)) for a, b in kinds.T], np.uint64)
+        np.add.at(mixed, classes[one][left], salt[kind.reshape(-1)])
+    return mixed
+
+
+def _labels(classes: Sequence[np.ndarray], walls: Sequence[Wall], mixed: np.ndarray) -> np.ndarray | None:
+    """Which channels may be mixed: equal labels iff no wall separates them and `mixed` (one number each) is equal."""
+    if not walls and not mixed.any():
+        return None
+    mixed = mixed.copy()
     for element, axes_dims, all_axes in walls:
         places = [axis for axis, _ in axes_dims]
         dims = [dim for _, dim in axes_dims]

@@ -99,11 +99,6 @@ class Space:
         return _maximal(self.constants)
 
     @property
-    def maximal_activations(self) -> list[Member]:
-        """The activations, likewise."""
-        return _maximal(self.activations)
-
-    @property
     def producers(self) -> list[Member]:
         """Constants that carry T itself: weights that write the space."""
         return [m for m in self.constants if m.variance > 0]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planish.ir.errors import PlanishError, nearest
+from planish.ir.files import atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,29 +137,23 @@ class Stats:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file (atomically)."""
         import json
-        import os
 
         import numpy as np
         from safetensors import SafetensorError
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        path = Path(path)
         tensors = {
             f"{name}/{part}": np.ascontiguousarray(getattr(record, part))
             for name, record in self.channels.items()
             for part in FIELDS
         }
         layout = {name: [record.axis, record.count] for name, record in self.channels.items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, {"planish.stats": json.dumps({"layout": layout, "source": self.source})})
-            os.replace(temporary, path)
-        except OSError as error:
-            raise PlanishError(f"{path}: cannot write statistics: {error.strerror}") from error
+            data = save(tensors, {"planish.stats": json.dumps({"layout": layout, "source": self.source})})
         except SafetensorError as error:
             raise PlanishError(f"{path}: cannot write statistics: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic(path, failure="cannot write statistics") as handle:
+            handle.write(data)
 
     @staticmethod
     def load(path: str | Path) -> Stats:

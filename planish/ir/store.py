@@ -15,13 +15,13 @@ import hashlib
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from planish.ir.constant import Constant, FileRange, pack_bits
 from planish.ir.errors import InvalidModelError, PlanishError
+from planish.ir.files import atomic
 from planish.ir.graph import Graph
 from planish.ir.literals import encode_elements, unquote
 from planish.ir.text import parse, render
@@ -51,35 +51,6 @@ _HEADER = re.compile(r'# planish graph, format 1(?:, data in "([^"\\\n]+)")?\n')
 _LIMIT = 100_000_000  # bytes of a safetensors header
 
 
-@contextlib.contextmanager
-def atomic(path: str | Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes its name only when the block ends without an error.
-
-    Raises:
-        PlanishError: the file cannot be written.
-    """
-    path = Path(path)
-    with _replacing(path, lambda: path) as file:
-        yield file
-
-
-@contextlib.contextmanager
-def _replacing(path: Path, target: Callable[[], Path]) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path` that becomes `target()` at the end."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target())
-    except OSError as error:
-        raise PlanishError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
 def save(graph: Graph, path: str | Path) -> None:
     """Write a graph. An older data file of the same graph file is removed, unless `graph` itself reads it.
 
@@ -96,6 +67,7 @@ def save(graph: Graph, path: str | Path) -> None:
     with atomic(path) as file:
         file.write(f"# planish graph, format 1{data}\n".encode("ascii"))
         file.write(text.encode("ascii"))
+        _flush(file)
     if old is not None and old != new:
         stale = path.with_name(old)
         if not any(c.file is not None and c.file.path.name == old for c in constants.values()):
@@ -178,14 +150,21 @@ def _write_data(constants: Mapping[str, Constant], path: Path) -> str:
     def name_of_data() -> str:
         return f"{path.name}.{digest.hexdigest()[:12]}.safetensors"
 
-    with _replacing(path, lambda: path.with_name(name_of_data())) as file:
+    with atomic(path, name_of_data) as file:
         file.write(len(head).to_bytes(8, "little"))
         file.write(head)
         for key in order:
             data = strings[key] if key in strings else _bytes_of(constants[key])
             digest.update(data)
             file.write(data)
+        _flush(file)
     return name_of_data()
+
+
+def _flush(file: IO[bytes]) -> None:
+    """Wait until the data lies on the disk: the text must not name data that a power cut loses."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _element_bytes(constant: Constant) -> int:

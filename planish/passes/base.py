@@ -124,7 +124,11 @@ class Pass:
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
-    needs_stats: ClassVar[bool] = False
+
+    @property
+    def needs_stats(self) -> bool:
+        """True if it cannot run without statistics; a pass for which its options decide overrides the property."""
+        return False
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         """Edit `graph` and say what was done."""

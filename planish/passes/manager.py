@@ -159,6 +159,7 @@ class Pipeline:
             if instance.needs_stats and stats is None:
                 raise PlanishError(
                     f"pass '{instance.name}': needs calibration statistics",
+                    where=text if (text := str(instance)) != instance.name else None,
                     hint="give calibration data (--calibrate, or planish.collect)",
                 )
         instruments = list(instruments)

@@ -31,7 +31,7 @@ def passes() -> list[dict[str, Any]]:
                 "needs": sorted(cls.needs),
                 "gives": sorted(cls.gives),
                 "breaks": sorted(cls.breaks),
-                "needs_stats": cls.needs_stats,
+                "needs_stats": cls().needs_stats,  # with its defaults
                 "options": options,
             }
         )

@@ -23,11 +23,6 @@ def check_inner(node: Node, one: Dim, two: Dim) -> None:
         )
 
 
-def static(dims: tuple[Dim, ...]) -> tuple[int, ...] | None:
-    sizes = tuple(d for d in dims if isinstance(d, int))
-    return sizes if len(sizes) == len(dims) else None
-
-
 def carry(*links: Link | Block | None) -> Carry | Block:
     """A `Carry` of the links there are; the first `Block` among them wins."""
     for link in links:

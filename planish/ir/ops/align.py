@@ -14,7 +14,7 @@ import numpy as np
 
 from planish.ir.constant import Constant
 from planish.ir.graph import Node, Value
-from planish.ir.ops.base import Act, Axes, Block, Carry, Link, Port
+from planish.ir.ops.base import Act, Axes, Block, Link, Port
 from planish.ir.types import WIDE_FLOATS, Dim
 
 Pairs = tuple[np.ndarray, np.ndarray]
@@ -34,13 +34,18 @@ def numeric(node: Node, act: Act, port: Port) -> Block | None:
     return Block(f"{value.dtype} values can only be permuted")
 
 
+def static(dims: tuple[Dim, ...]) -> tuple[int, ...] | None:
+    """The dims as ints, None if one is not static."""
+    sizes = tuple(d for d in dims if isinstance(d, int))
+    return sizes if len(sizes) == len(dims) else None
+
+
 def static_dims(value: Value, axes: Axes) -> tuple[int, ...] | None:
     """The dims of `axes`, None if one is not static."""
     shape = value.shape
     if shape is None or not all(0 <= axis < len(shape) for axis in axes):
         return None
-    dims = [shape[axis] for axis in axes]
-    return tuple(d for d in dims if isinstance(d, int)) if all(isinstance(d, int) for d in dims) else None
+    return static(tuple(shape[axis] for axis in axes))
 
 
 def asked_dims(node: Node, port: Port, axes: Axes) -> tuple[int, ...]:
@@ -229,11 +234,6 @@ def scalar_value(constant: Constant | None) -> float | None:
     if constant is None or constant.size != 1 or constant.dtype == "str":
         return None
     return float(constant.wide().reshape(-1)[0])
-
-
-def carry_all(links: Sequence[Link], variance: int = 1) -> Carry:
-    """A `Carry` of links that all have the same variance."""
-    return Carry(tuple(turned(link, variance) for link in links))
 
 
 def turned(link: Link, variance: int) -> Link:

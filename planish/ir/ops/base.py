@@ -53,10 +53,6 @@ Axes = tuple[int, ...]
 Port = int
 
 
-def result_port(index: int = 0) -> Port:
-    return ~index
-
-
 @dataclass(frozen=True, slots=True)
 class Link:
     """Another port that must carry the transform.

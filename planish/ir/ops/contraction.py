@@ -28,10 +28,9 @@ from planish.ir.ops.affine import (
     check_inner,
     folds_shift,
     is_constant,
-    static,
     wide,
 )
-from planish.ir.ops.align import attribute, numeric
+from planish.ir.ops.align import attribute, numeric, static
 from planish.ir.ops.base import INVISIBLE, Act, Axes, Block, Carry, Fold, OpDef, Param, Port, Relation, Wide
 from planish.ir.ops.labels import (
     Site,

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from planish.ir.errors import InvalidModelError
-from planish.ir.graph import Node
+from planish.ir.graph import Node, Value
 from planish.ir.ops import register
 from planish.ir.ops.affine import (
     UNKNOWN_RANK,
@@ -89,12 +89,17 @@ def _checked(node: Node) -> tuple[tuple[Dim, ...], tuple[Dim, ...]] | None:
     return shapes
 
 
+def _of_unknown_dims(x: Value | None) -> Sequence[Type]:
+    """The type of x with none of its dims known."""
+    own = tensor_type(x)
+    return (like(x, None if own is None or own.shape is None else (None,) * len(own.shape)),)
+
+
 def _conv_infer(node: Node) -> Sequence[Type]:
     shapes = _checked(node)
     x = node.operand(0)
     if shapes is None:
-        own = tensor_type(x)
-        return (like(x, None if own is None or own.shape is None else (None,) * len(own.shape)),)
+        return _of_unknown_dims(x)
     (batch, channels, *sizes), (outer, inner, *kernels) = shapes
     window = Window(node, len(sizes))
     check_inner(node, channels, inner * window.groups if isinstance(inner, int) else None)
@@ -288,8 +293,7 @@ def _transpose_infer(node: Node) -> Sequence[Type]:
     shapes = _checked(node)
     x = node.operand(0)
     if shapes is None:
-        own = tensor_type(x)
-        return (like(x, None if own is None or own.shape is None else (None,) * len(own.shape)),)
+        return _of_unknown_dims(x)
     (batch, channels, *sizes), (inner, outer, *kernels) = shapes
     check_inner(node, channels, inner)
     dims = [d for d, _, _ in _transpose_window(node, sizes, kernels)]

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from planish.ir.errors import InvalidModelError
-from planish.ir.graph import Node, Value
+from planish.ir.graph import Node
+from planish.ir.ops.affine import is_constant
 from planish.ir.ops.align import (
     LINEAR_ACTS,
     attribute,
@@ -89,16 +90,12 @@ def _relate_gather(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     outside = tuple(a - span + 1 if a >= axis + span else a for a in axes if a not in region)
     if not region:
         return Carry((Link(0, outside),))
-    if act is Act.PERMUTE and not outside and not _is_constant(node.operand(1)):
+    if act is Act.PERMUTE and not outside and not is_constant(node.operand(1)):
         return Carry((Link(1, tuple(a - axis for a in axes)),))
     if any(index_shape[a - axis] != 1 for a in range(axis, axis + span) if a not in region):
         return Block("it permutes some axes of the indices")
     targets = tuple(sorted((*outside, axis)))
     return _gathered(node, 0, targets, targets, data, axis, axes)
-
-
-def _is_constant(value: Value | None) -> bool:
-    return value is not None and value.is_constant
 
 
 def _gathered(

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from planish.ir import shapes
 from planish.ir.graph import Node, Value
 from planish.ir.ops.align import attribute
 from planish.ir.ops.base import MIXING, Act, Axes, Block, Carry, Link, OneOf, Port, Relation
@@ -62,17 +63,10 @@ def like(value: Value | None, shape: Shape) -> Type:
 
 def broadcast_dim(one: Dim, two: Dim) -> Dim:
     """The dim of two broadcast dims; None where that cannot be told."""
-    if one == two:
-        return one
-    if one == 1:
-        return two
-    if two == 1:
-        return one
-    if isinstance(one, int) and not isinstance(two, int):
-        return one
-    if isinstance(two, int) and not isinstance(one, int):
-        return two
-    return None
+    try:
+        return shapes.broadcast_dims(one, two)
+    except ValueError:
+        return None
 
 
 def broadcast_dims(one: tuple[Dim, ...], two: tuple[Dim, ...]) -> tuple[Dim, ...]:

@@ -13,7 +13,7 @@ import torch
 
 from planish.ir.errors import InvalidModelError
 from planish.ir.graph import Node
-from planish.ir.ops.affine import static
+from planish.ir.ops.align import static
 from planish.ir.ops.base import (
     INVISIBLE,
     MIXING,

@@ -21,14 +21,13 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi import onnxruntime_pybind11_state as states
 
-from planish.ir.constant import Constant, pack_bits
+from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Attribute, Blob, Node, Value
+from planish.ir.onnx_attributes import ABSENT, RESERVED, attribute_proto, tensor_of
 from planish.ir.ops.base import Wide
 from planish.ir.types import (
     WIDE_FLOATS,
-    TensorType,
-    bits,
     from_numpy_dtype,
     from_torch_dtype,
     is_float,
@@ -39,7 +38,6 @@ from planish.ir.types import (
 
 OPSET = 21  # of the default domain, where the node does not say
 IR_VERSION = 10
-_ADDED = frozenset({"captures", "onnx_opset", "onnx_overload"})  # attributes that are planish's own
 # what ONNX Runtime and the reference implementation raise for a node that they cannot run
 _ERRORS = (
     states.EPFail,
@@ -175,7 +173,7 @@ def _run(
         text = str(error).strip()
         raise _Failure(text.splitlines()[0][:300] if text else type(error).__name__) from error
     present = iter(results)
-    return [None if _absent(value) else next(present) for value in node.results]
+    return [None if value.type == ABSENT else next(present) for value in node.results]
 
 
 def _prefix(captures: Iterable[str]) -> str:
@@ -184,10 +182,6 @@ def _prefix(captures: Iterable[str]) -> str:
     while any(name.startswith(prefix) for name in captures):
         prefix += "_"
     return prefix
-
-
-def _absent(value: Value) -> bool:
-    return not isinstance(value.type, TensorType) and value.type.text == "absent"
 
 
 def _session_runner(model: onnx.ModelProto) -> Runner:
@@ -236,8 +230,8 @@ def _model(
     if isinstance(overload, str):
         proto.overload = overload
     for name, attribute in node.attributes.items():
-        if name not in _ADDED:
-            proto.attribute.append(onnx_attribute(name.removeprefix("onnx."), attribute))
+        if name not in RESERVED:
+            proto.attribute.append(attribute_proto(name.removeprefix("onnx."), attribute))
     prefix = _prefix(arrays)
     model = onnx.ModelProto(ir_version=IR_VERSION)
     graph = model.graph
@@ -254,8 +248,8 @@ def _model(
         else:
             graph.input.add(name=name).type.tensor_type.elem_type = onnx_enum(kind)
     for name, array in initialisers.items():
-        graph.initializer.append(_tensor(Constant.of(array), name))
-    proto.output.extend("" if _absent(v) else f"{prefix}_out_{i}" for i, v in enumerate(node.results))
+        graph.initializer.append(tensor_of(Constant.of(array), name))
+    proto.output.extend("" if v.type == ABSENT else f"{prefix}_out_{i}" for i, v in enumerate(node.results))
     graph.node.append(proto)
     for name, value in zip(proto.output, node.results, strict=True):
         if not name:
@@ -270,44 +264,6 @@ def _model(
     for name, version in _opsets(node, domain, model).items():
         model.opset_import.add(domain=name, version=version)
     return model
-
-
-def onnx_attribute(name: str, attribute: Attribute) -> onnx.AttributeProto:
-    """The ONNX form of an attribute of an opaque node."""
-    plain = _plain(attribute)
-    if isinstance(plain, onnx.AttributeProto):
-        return plain
-    try:
-        return onnx.helper.make_attribute(name, plain)
-    except (TypeError, ValueError) as error:
-        raise PlanishError(f"attribute '{name}': has no ONNX form: {error}") from None
-
-
-def _plain(attribute: Attribute) -> Any:
-    if isinstance(attribute, bool):
-        return int(attribute)
-    if isinstance(attribute, tuple):
-        return [_plain(item) for item in attribute]
-    if isinstance(attribute, Constant):
-        return _tensor(attribute, "")
-    if isinstance(attribute, TensorType):
-        return onnx.helper.make_tensor_type_proto(onnx_enum(attribute.dtype), attribute.shape)
-    if isinstance(attribute, Blob):
-        kind: Any = getattr(onnx, attribute.kind.removeprefix("onnx."), None)
-        if not hasattr(kind, "FromString"):
-            raise PlanishError(f"attribute of kind '{attribute.kind}': not an ONNX message")
-        return kind.FromString(attribute.data)
-    return attribute
-
-
-def _tensor(constant: Constant, name: str) -> onnx.TensorProto:
-    tensor = onnx.TensorProto(name=name, data_type=onnx_enum(constant.dtype), dims=constant.shape)
-    array = constant.array()
-    if constant.dtype == "str":
-        tensor.string_data.extend(s.encode() if isinstance(s, str) else bytes(s) for s in array.reshape(-1))
-    else:
-        tensor.raw_data = (pack_bits(array, constant.dtype) if bits(constant.dtype) < 8 else array).tobytes()
-    return tensor
 
 
 @lru_cache(maxsize=4)
