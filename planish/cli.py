@@ -335,9 +335,9 @@ def opt(
 
             sys.stdout.write(print_graph(result))
     elif output.endswith(".ir"):
-        from planish.integrate.ir_file import write_ir
+        from planish.ir.store import save
 
-        write_ir(result, output)
+        save(result, output)
     else:
         to_onnx(result, output, target=goal, opset=opset)
     if json:

@@ -189,14 +189,14 @@ def _from_arrays(files: list[Path], graph: Graph, batch: int, samples: int | Non
             for name, array in arrays.items()
         }
         counted = {name: len(array) for name, array in checked.items() if array.ndim}
+        if 0 in counted.values():
+            raise PlanishError(f"{path}: holds no samples")
         if len(set(counted.values())) > 1:
             raise PlanishError(
                 f"{path}: arrays hold different numbers of samples: "
                 + ", ".join(f"'{n}' {c}" for n, c in counted.items())
             )
         total = next(iter(counted.values()), 1)
-        if total == 0:
-            raise PlanishError(f"{path}: holds no samples")
         count += total
         if lead:
             sets += [{name: array[i] for name, array in checked.items()} for i in range(total)]
@@ -226,7 +226,7 @@ def _fix_first(inputs: dict[str, Value], arrays: Arrays, path: Path) -> Arrays:
                 hint="either every array has one dim more than its input, or none has",
             )
         first = value.type.dim(0) if value.rank else None
-        if isinstance(first, int) and array.ndim and (len(array) < first or len(array) % first):
+        if isinstance(first, int) and array.ndim and len(array) % (first or 1):
             raise PlanishError(
                 f"{path}: array '{name}': wrong shape; expected {value.type} "
                 f"(or a multiple of {first} samples), got {list(array.shape)}"
@@ -240,8 +240,11 @@ def _thin(
     """Cut sets of inputs into batches, of `samples` samples spread evenly over all of them."""
     fixed = [
         first
-        for value in inputs.values()
-        if isinstance(value.type, TensorType) and value.rank and isinstance(first := value.type.dim(0), int)
+        for name, value in inputs.items()
+        if name in sets[0]
+        and isinstance(value.type, TensorType)
+        and value.rank
+        and isinstance(first := value.type.dim(0), int)
     ]
     if len(sets) == count:  # each set is one sample
         chosen = sets if samples is None else [sets[i] for i in _spread(count, samples)]
@@ -286,8 +289,8 @@ def _from_text(path: Path, graph: Graph, folder: Path, batch: int, length: int, 
         raise PlanishError(f"{path}: holds no text")
     if samples is not None:
         texts = [texts[i] for i in _spread(len(texts), samples)]
-    inputs = {v.name: v for v in graph.inputs}
-    unknown = [n for n, v in inputs.items() if v.constant is None and n not in TOKENIZER_OUTPUTS]
+    inputs = {v.name: v for v in graph.inputs if v.constant is None}
+    unknown = [n for n in inputs if n not in TOKENIZER_OUTPUTS]
     if unknown:
         raise PlanishError(
             f"input '{unknown[0]}': a tokenizer does not give it; expected only {', '.join(TOKENIZER_OUTPUTS)}",

@@ -40,9 +40,9 @@ def capture(model: str | Path | ModelProto | Graph, inputs: Any = None) -> Graph
     if isinstance(model, str | Path):
         path = Path(model)
         if path.suffix == ".ir":
-            from planish.integrate.ir_file import read_ir
+            from planish.ir.store import load
 
-            return read_ir(path)
+            return load(path)
         from planish.capture.from_onnx import from_onnx
 
         return from_onnx(path)

@@ -42,6 +42,8 @@ def random_inputs(
 ) -> dict[str, torch.Tensor]:
     """Random inputs: floats normal with planted zeros and large values, indices in range, masks of 0 and 1.
 
+    What is no tensor of numbers of known rank is left out.
+
     Args:
         seed: of the generator.
         size: of every symbolic or unknown dim, but for the first dim of an input, which gets 2.
@@ -55,8 +57,9 @@ def random_inputs(
     bound_sizes = dict(sizes or {})
     inputs: dict[str, torch.Tensor] = {}
     for value in graph.inputs:
-        if value.constant is not None or not isinstance(value.type, TensorType) or value.type.shape is None:
+        if value.constant is not None or not _drawable(value):
             continue
+        assert isinstance(value.type, TensorType) and value.type.shape is not None
         dims = []
         for axis, dim in enumerate(value.type.shape):
             if isinstance(dim, int):
@@ -67,6 +70,15 @@ def random_inputs(
                 dims.append(bound_sizes.setdefault(dim, FIRST_SIZE if axis == 0 else size))
         inputs[value.name] = _draw(value, tuple(dims), rng).to(torch_dtype(value.type.dtype))
     return inputs
+
+
+def _drawable(value: Value) -> bool:
+    return isinstance(value.type, TensorType) and value.type.shape is not None and value.type.dtype != "str"
+
+
+def undrawn(graph: Graph) -> Value | None:
+    """The first input that `random_inputs` leaves out although it has no default."""
+    return next((v for v in graph.inputs if v.constant is None and not _drawable(v)), None)
 
 
 def _draw(value: Value, dims: tuple[int, ...], rng: np.random.Generator) -> torch.Tensor:
@@ -116,6 +128,8 @@ def worst_element(got: torch.Tensor, expected: torch.Tensor) -> str:
 
     if got.shape != expected.shape:
         return f"shapes {tuple(got.shape)} and {tuple(expected.shape)}"
+    if got.numel() == 0:
+        return "has no elements"
     difference = torch.nan_to_num((got.double() - expected.double()).abs(), nan=float("inf"))
     index = int(difference.argmax())
     position = [int(i) for i in torch.unravel_index(torch.tensor(index), got.shape)]

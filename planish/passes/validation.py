@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from planish.ir.errors import PlanishError, ValidationError
 from planish.ir.evaluator import Evaluator
 from planish.ir.graph import Graph
-from planish.ir.probe import random_inputs, relative_error, worst_element
+from planish.ir.probe import random_inputs, relative_error, undrawn, worst_element
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,10 @@ def make_probe(graph: Graph, seed: int, samples: Sequence[Mapping[str, torch.Ten
     import torch
 
     failure: Exception | None = None
-    for size in SIZES:
+    missing = undrawn(graph)
+    if missing is not None:
+        failure = PlanishError(f"input '{missing.name}': there are no random values of type {missing.type}")
+    for size in SIZES if missing is None else ():
         inputs = [random_inputs(graph, seed + i, size=size) for i in range(count)]
         try:
             for one in inputs:
