@@ -23,7 +23,7 @@ from planish.ir.stats import Stats
 from planish.ir.verifier import verify
 from planish.passes.base import PassReport
 from planish.passes.manager import Pipeline
-from planish.passes.quantize import choose_static_range, choose_weight_scale, sqnr
+from planish.passes.solvers import choose_static_range, choose_weight_scale, sqnr
 
 seeds = st.integers(0, 10_000)
 

@@ -31,58 +31,18 @@ from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Attribute, Graph, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
-from planish.ir.stats import ChannelStats, Stats
+from planish.ir.stats import Stats
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
 from planish.passes.sites import READERS, reads_by_weight, row_floor, weight_matrix
-from planish.passes.solvers import gptq, hessian, round_to_nearest
-
-CLIPS = np.linspace(1.0, 0.5, 51)  # fractions of the range tried by the mse searches
-
-
-def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
-    """Signal-to-quantisation-noise ratio in dB."""
-    noise = float(((exact - got) ** 2).sum())
-    return float("inf") if noise == 0 else 10.0 * float(np.log10(max(float((exact**2).sum()), 1e-300) / noise))
-
-
-def choose_weight_scale(weight: np.ndarray, clip: Literal["max", "mse"]) -> np.ndarray:
-    """One scale per row of [rows, columns] for int8 codes in [-127, 127]; float64 [rows], no zeros."""
-    largest = np.abs(weight).max(1)
-    largest[largest == 0] = 1.0
-    best: np.ndarray = largest / 127.0
-    least = np.full(len(weight), np.inf)
-    for fraction in CLIPS if clip == "mse" else CLIPS[:1]:
-        scale = largest * fraction / 127.0
-        codes = np.clip(np.round(weight / scale[:, None]), -127, 127)
-        error = ((codes * scale[:, None] - weight) ** 2).sum(1)
-        best = np.where(error < least, scale, best)
-        least = np.minimum(error, least)
-    return best
-
-
-def choose_static_range(
-    record: ChannelStats, rule: Literal["min-max", "percentile", "mse"], percentile: float
-) -> tuple[float, int]:
-    """Scale and zero point (uint8) of a tensor from its statistics; the range contains 0."""
-    low, high = min(float(record.minimum.min()), 0.0), max(float(record.maximum.max()), 0.0)
-    if rule == "percentile":
-        tail = (100.0 - percentile) / 2.0
-        low, high = (float(v) for v in np.percentile(record.samples, [tail, 100.0 - tail]))
-        low, high = min(low, 0.0), max(high, 0.0)
-    if rule == "mse":
-        x = record.samples.astype(np.float64)
-        trials = []
-        for fraction in CLIPS:
-            scale, zero = _affine(low * fraction, high * fraction)
-            got = (np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale
-            trials.append((float(((got - x) ** 2).sum()), scale, zero))
-        return min(trials)[1:]
-    return _affine(low, high)
-
-
-def _affine(low: float, high: float) -> tuple[float, int]:
-    scale = float(np.float32((high - low) / 255.0)) or 1.0
-    return scale, int(np.clip(np.round(-low / scale), 0, 255))
+from planish.passes.solvers import (
+    affine_range,
+    choose_static_range,
+    choose_weight_scale,
+    gptq,
+    hessian,
+    round_to_nearest,
+    sqnr,
+)
 
 
 @dataclass(frozen=True)
@@ -196,7 +156,7 @@ class Quantize(Pass):
             scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-30) / 127.0
             rounded: np.ndarray = np.round(x / scale) * scale
             return rounded
-        step, zero = _affine(min(float(x.min()), 0.0), max(float(x.max()), 0.0))
+        step, zero = affine_range(min(float(x.min()), 0.0), max(float(x.max()), 0.0))
         if self.activations == "static":
             made = node.operands[0].producer if node.operands[0] is not None else None
             assert made is not None

@@ -1,4 +1,4 @@
-"""Weight solvers: which integer codes stand for a weight, given its scales.
+"""Ranges and weight solvers: which scale a tensor gets, and which integer codes stand for a weight.
 
 rtn    c = round(w / d)
 gptq   columns in order of falling diag(H); after each, the columns left take up its error:
@@ -8,11 +8,63 @@ gptq   columns in order of falling diag(H); after each, the columns left take up
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from scipy.linalg import cholesky, lapack
 
+from planish.ir.stats import ChannelStats
+
 BLOCK = 128  # columns whose errors are gathered before the rest is updated
 RETRIES = 20  # of the factorisation, each with more damping
+CLIPS = np.linspace(1.0, 0.5, 51)  # fractions of the range tried by the mse searches
+
+
+def sqnr(exact: np.ndarray, got: np.ndarray) -> float:
+    """Signal-to-quantisation-noise ratio in dB."""
+    noise = float(((exact - got) ** 2).sum())
+    return float("inf") if noise == 0 else 10.0 * float(np.log10(max(float((exact**2).sum()), 1e-300) / noise))
+
+
+def choose_weight_scale(weight: np.ndarray, clip: Literal["max", "mse"]) -> np.ndarray:
+    """One scale per row of [rows, columns] for int8 codes in [-127, 127]; float64 [rows], no zeros."""
+    largest = np.abs(weight).max(1)
+    largest[largest == 0] = 1.0
+    best: np.ndarray = largest / 127.0
+    least = np.full(len(weight), np.inf)
+    for fraction in CLIPS if clip == "mse" else CLIPS[:1]:
+        scale = largest * fraction / 127.0
+        codes = np.clip(np.round(weight / scale[:, None]), -127, 127)
+        error = ((codes * scale[:, None] - weight) ** 2).sum(1)
+        best = np.where(error < least, scale, best)
+        least = np.minimum(error, least)
+    return best
+
+
+def choose_static_range(
+    record: ChannelStats, rule: Literal["min-max", "percentile", "mse"], percentile: float
+) -> tuple[float, int]:
+    """Scale and zero point (uint8) of a tensor from its statistics; the range contains 0."""
+    low, high = min(float(record.minimum.min()), 0.0), max(float(record.maximum.max()), 0.0)
+    if rule == "percentile":
+        tail = (100.0 - percentile) / 2.0
+        low, high = (float(v) for v in np.percentile(record.samples, [tail, 100.0 - tail]))
+        low, high = min(low, 0.0), max(high, 0.0)
+    if rule == "mse":
+        x = record.samples.astype(np.float64)
+        trials = []
+        for fraction in CLIPS:
+            scale, zero = affine_range(low * fraction, high * fraction)
+            got = (np.clip(np.round(x / scale) + zero, 0, 255) - zero) * scale
+            trials.append((float(((got - x) ** 2).sum()), scale, zero))
+        return min(trials)[1:]
+    return affine_range(low, high)
+
+
+def affine_range(low: float, high: float) -> tuple[float, int]:
+    """Scale (a float32 number) and zero point of uint8 codes for [low, high], which contains 0."""
+    scale = float(np.float32((high - low) / 255.0)) or 1.0
+    return scale, int(np.clip(np.round(-low / scale), 0, 255))
 
 
 def round_to_nearest(weight: np.ndarray, scale: np.ndarray, limit: int) -> np.ndarray:
