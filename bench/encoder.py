@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import assets
 import numpy as np
@@ -27,6 +27,9 @@ from common import Outcome, Target, arguments, interleaved, note, table
 LENGTH, BATCH = 128, 8
 CALIBRATION_SENTENCES = 256
 Inputs = dict[str, np.ndarray]
+
+if TYPE_CHECKING:
+    from planish import Stats
 
 
 @dataclass
@@ -118,6 +121,15 @@ def bad_calibration(n: int) -> list[Inputs]:
     return batches
 
 
+def statistics(model: Path, batches: list[Inputs]) -> Stats:
+    """The statistics of the raised graph, collected once for all recipes."""
+    import planish
+
+    note("planish: statistics")
+    raised, _ = planish.Pipeline("raise").run(planish.capture(model), validate=False)
+    return planish.collect(raised, batches)
+
+
 def ort_rows(model: Path, work: Path, batches: list[Inputs], static: bool) -> list[Entry]:
     """ONNX Runtime's own quantisers."""
     import logging
@@ -149,13 +161,13 @@ def ort_rows(model: Path, work: Path, batches: list[Inputs], static: bool) -> li
 
 
 def planish_row(
-    name: str, model: Path, work: Path, recipe: str, batches: list[Inputs], timed: bool = True, target: str = "ort"
+    name: str, model: Path, work: Path, recipe: str, stats: Stats, timed: bool = True, target: str = "ort"
 ) -> Entry:
     import planish
 
     note(f"planish: {name}")
     out = work / f"{name.replace(' ', '-').replace('/', '-')}.onnx"
-    done = planish.convert(model, out, recipe=recipe, calibration=batches, target=target)
+    done = planish.convert(model, out, recipe=recipe, calibration=stats, target=target)
     entry = Entry(name, out, timed=timed)
     entry.figures["passes"] = {p.name: len(p.applied) for p in done.report.passes}
     entry.figures["seconds"] = done.seconds
@@ -280,18 +292,19 @@ def compare(options: Any, full: bool, work: Path) -> int:
     batches = calibration(64 if options.quick else CALIBRATION_SENTENCES)
     sentences = assets.sentences("judge", 100 if options.quick else 500)
     entries = [Entry("float", model), *ort_rows(model, work, batches, static=True)]
+    stats = statistics(model, batches)
     for recipe in ("w8a8-dynamic", "w8a8-token", "w8a8-static"):
-        entries.append(planish_row(f"planish {recipe}", model, work, recipe, batches))
+        entries.append(planish_row(f"planish {recipe}", model, work, recipe, stats))
     if full:
         for label in ("none", "shift", "scale", "both"):
             recipe = ablation(label, work)
             entries.append(
                 planish_row(f"planish dynamic: {label}", model, work, recipe, batches, timed=label != "both")
             )
-        bad = bad_calibration(64)
+        bad = statistics(model, bad_calibration(64))
         for recipe in ("w8a8-dynamic", "w8a8-token", "w8a8-static"):
             entries.append(planish_row(f"planish {recipe} random tokens", model, work, recipe, bad, timed=False))
-        portable = planish_row("planish w8a8-static portable", model, work, "w8a8-static", batches, target="onnx")
+        portable = planish_row("planish w8a8-static portable", model, work, "w8a8-static", stats, target="onnx")
         entries += [portable, *openvino_rows(model, portable.path, work, batches)]
     measure(entries, 15 if options.quick or options.demo else 40, sentences)
     show(entries)

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from patterns import Build
 
 import planish
+from planish.calibrate.data import load_calibration
 from planish.capture.from_onnx import from_onnx
 from planish.capture.onnx_file import META_OPSETS
 from planish.codegen.onnx import to_model
@@ -218,6 +219,7 @@ def test_rows_that_are_masked_throughout(kind: str) -> None:
     lowered, report = Pipeline("lower{target=ort}").run(graph)
     model = to_model(lowered, target="ort")
     assert op_types(model)["Attention"] == 1
+    assert op_types(model)["Max"] == kind.startswith("product")  # a choice takes other constants
     got = session(model).run(None, feeds)[0]
     assert np.isfinite(got).all()
     rows = slice(None) if finite else [0, 2]
@@ -275,3 +277,43 @@ def test_a_type_that_is_no_float_has_no_bound() -> None:
     parts = [heads(b, b("linear", x, b.random(WIDTH, WIDTH, dtype="f16"))) for _ in range(3)]
     lowered, _ = Pipeline("lower{target=ort}").run(b.output(merged(b, b("attention", *parts, mask))))
     assert not [n for n in lowered.nodes if n.op.name == "max"]
+
+
+# -- odd models --------------------------------------------------------------------------------------
+
+
+def product(x: list[int | str], weight: tuple[int, int], *, given: bool = False) -> onnx.ModelProto:
+    """x w; `given`: w is an input with a default."""
+    w = numpy_helper.from_array(np.ones(weight, np.float32), "w")
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, x)]
+    if given:
+        inputs.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, weight))
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [*x[:-1], weight[1]])]
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "product", inputs, outputs, [w])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def test_exact_passes_on_empty_tensors() -> None:
+    for x, weight in (([0, 4], (4, 3)), (["b", 4], (4, 0)), (["b", 0], (0, 3))):
+        _, report = Pipeline("raise,merge-linears").run(from_onnx(product(x, weight)))  # type: ignore[arg-type]
+        assert report.validated
+
+
+def test_calibration_without_samples(tmp_path: Path) -> None:
+    np.savez(tmp_path / "none.npz", x=np.zeros((0, 4), np.float32))
+    with pytest.raises(PlanishError, match=r"none\.npz: holds no samples"):
+        load_calibration(tmp_path / "none.npz", from_onnx(product([0, 4], (4, 3))))
+
+
+def test_inputs_with_a_default_do_not_fix_the_batch(tmp_path: Path) -> None:
+    np.savez(tmp_path / "three.npz", x=np.zeros((3, 4), np.float32))
+    found = load_calibration(tmp_path / "three.npz", from_onnx(product(["b", 4], (4, 3), given=True)))
+    assert [b["x"].shape for b in found] == [(3, 4)]
+
+
+@pytest.mark.parametrize("type", ["str[b]", "f32[*]"])
+def test_inputs_that_cannot_be_drawn(type: str) -> None:
+    b = Build()
+    graph = b.output(b("identity", b.input("x", type)))
+    _, report = Pipeline("raise").run(graph)
+    assert report.unchecked.endswith(f"input 'x': there are no random values of type {type}")

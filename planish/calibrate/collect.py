@@ -144,10 +144,12 @@ class _Accumulator:
 
     def add(self, data: torch.Tensor) -> None:
         """Take in rows [N, C], float32."""
+        import torch
+
         if len(data) == 0:
             return
         low, high = data.amin(0).double().numpy(), data.amax(0).double().numpy()
-        total = data.double().square_().sum(0).numpy()
+        total = data.square().sum(0, dtype=torch.float64).numpy()
         if self.count == 0:
             self.minimum, self.maximum, self.total = low, high, total
             self.samples = np.empty((0, data.shape[1]), np.float32)

@@ -367,8 +367,22 @@ def _bounded(mask: Value, safe: bool, node: Node, rewriter: Rewriter, report: Pa
     if mask.is_constant and mask.constant is not None and not mask.is_input:
         if (mask.constant.wide() >= MASK_FLOOR).all():
             return mask
+    chosen = mask.producer
+    if chosen is not None and chosen.op.name == "where" and all(u.op.name == "attention" for u in mask.users):
+        if all(v is not None and v.is_constant for v in chosen.operands[1:]) and not _given_out(mask, rewriter):
+            for port in (1, 2):  # nothing to compute: the constants themselves
+                old = chosen.operands[port]
+                assert old is not None and old.constant is not None
+                data = np.maximum(old.constant.wide(), MASK_FLOOR)
+                made = rewriter.constant(Constant(data, "f32", data.shape), old.name)
+                rewriter.set_operand(chosen, port, made)
+            return mask
     least = rewriter.constant(Constant.of(np.float32(MASK_FLOOR)), "least")
     return rewriter.insert("max", [mask, least], before=node, types=[mask.type]).result
+
+
+def _given_out(value: Value, rewriter: Rewriter) -> bool:
+    return any(v is value for v in rewriter.graph.output_values())
 
 
 def _finite(value: Value | None, depth: int = 8) -> bool:

@@ -63,19 +63,23 @@ class Quantize(Pass):
     min_rows: int = 256  # of an embedding table worth quantising
     skip: tuple[str, ...] = ()  # regular expressions: nodes whose source or result name matches stay float
 
+    @property
+    def needs_stats(self) -> bool:
+        return self.activations == "static" or self.solver == "gptq" or self.bias_correction
+
+    def __post_init__(self) -> None:
+        for pattern in self.skip:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise PlanishError(
+                    f"pass 'quantize': option 'skip': '{pattern}' is no regular expression: {error}"
+                ) from error
+
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
-        wanting = [
-            text
-            for text, wanted in (
-                ("activations=static", self.activations == "static"),
-                ("solver=gptq", self.solver == "gptq"),
-                ("bias-correction=true", self.bias_correction),
-            )
-            if wanted
-        ]
-        if wanting and context.stats is None:
-            raise PlanishError(f"pass 'quantize': {wanting[0]} needs calibration statistics")
+        if self.needs_stats and context.stats is None:
+            raise PlanishError("pass 'quantize': needs calibration statistics", where=str(self))
         shared: dict[Value, Value] = {}
         weights: dict[Value, Value] = {}
         with Rewriter(graph) as rewriter:
@@ -117,6 +121,8 @@ class Quantize(Pass):
             raise Declined("no target multiplies run-time quantised convolutions faster than float", node)
         if x.dtype != "f32" or weight.dtype != "f32":
             raise Declined(f"its operands are {x.dtype} and {weight.dtype}; expected f32", node)
+        if weight.constant is None or weight.constant.size == 0:
+            raise Declined("its weight is empty", node)
         if self.activations == "static" and x not in shared and (stats is None or x.name not in stats):
             raise Declined("no statistics of what it reads", node)
         samples = stats.of(x.name).samples if stats is not None and x.name in stats else None
