@@ -14,8 +14,6 @@ from typing import Literal
 from planish.ir.graph import Graph
 from planish.passes.base import Context, Exactness, Pass, PassReport
 
-TARGETS = ("onnx", "ort")
-
 
 @dataclass(frozen=True)
 class Lower(Pass):
