@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from patterns import Build, golden
 
+from planish.calibrate.collect import collect
 from planish.codegen.onnx import to_model
 from planish.ir.errors import PlanishError
 from planish.ir.evaluator import evaluate
@@ -485,3 +486,18 @@ def test_bias_correction_removes_the_mean_error(activations: str, bias: bool) ->
         got = evaluate(after, {"x": rows}, torch.float64)["linear"]
         means.append(float((got - exact).mean(0).abs().max()))
     assert means[1] < means[0] / 5
+
+
+def test_bias_correction_sees_rows_with_a_floor() -> None:
+    """One-sided rows are quantised from a floor: the corrected bias must follow that form, not the symmetric one."""
+    b = Build()
+    graph = b.output(linear(b, b.input("x", "f32[n, 16]"), 8, "a"))
+    rows = np.abs(b.rng.normal(size=(200, 16))).astype(np.float32) - 0.05
+    stats = collect(graph, [{"x": rows}], rows=200)
+    exact = evaluate(graph, {"x": torch.from_numpy(rows)}, torch.float64)
+    after, report = run(graph, "activations=token bias-correction=true", stats)
+    assert any("floor" in n.attributes for n in after.nodes)
+    got = evaluate(after, {"x": torch.from_numpy(rows)}, torch.float64)
+    for name, tensor in exact.items():
+        assert float((got[name] - tensor).mean(0).abs().max()) <= 1e-9
+    assert report.figures["activations"]["x"]["sqnr_db"] > 40

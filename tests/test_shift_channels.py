@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 from patterns import TOLERANCE, Build, counts, golden
 
 from planish.ir import absorb
+from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError, ValidationError
 from planish.ir.evaluator import evaluate
 from planish.ir.graph import Graph
+from planish.ir.ops import get
 from planish.ir.ops.contraction import linear as linear_row
 from planish.ir.stats import Stats
+from planish.ir.types import TensorType
 from planish.passes.base import Context, PassReport
 from planish.passes.manager import Pipeline
 from planish.passes.shift_channels import ShiftChannels, choose_shift
@@ -238,3 +241,14 @@ def test_without_validation_the_wrong_graph_would_come_out(monkeypatch: pytest.M
     x = {"x": torch.randn(2, 4, 8, dtype=torch.float64)}
     one, two = (evaluate(g, x, torch.float64)[graph.outputs[0][0]] for g in (graph, after))
     assert float((one - two).abs().max()) > 0.1
+
+
+def test_nothing_to_shift_is_said() -> None:
+    """A graph with spaces but no linear that reads one reports the nearest miss."""
+    graph = Graph("g")
+    x = graph.add_input("x", TensorType("f32", (2, 4)))
+    gain = graph.add_constant("gain", Constant.of(np.ones(4, np.float32)))
+    graph.add_output("y", graph.append(get("rms_norm"), [x, gain], {"eps": 1e-6}).result)
+    check_text(graph)
+    _, report = Pipeline("shift-channels").run(graph, stats=Stats())
+    assert report["shift-channels"].misses == ["no linear with a constant weight reads a shift space"]

@@ -26,16 +26,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Attribute, Graph, Node, Value
+from planish.ir.ops.base import Wide
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import Stats
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
 from planish.passes.sites import READERS, reads_by_weight, row_floor, weight_matrix
 from planish.passes.solvers import (
-    affine_range,
     choose_static_range,
     choose_weight_scale,
     gptq,
@@ -126,7 +127,8 @@ class Quantize(Pass):
         if self.activations == "static" and x not in shared and (stats is None or x.name not in stats):
             raise Declined("no statistics of what it reads", node)
         samples = stats.of(x.name).samples if stats is not None and x.name in stats else None
-        exact = weight_matrix(node)
+        correcting = self.bias_correction and samples is not None and node.op.name == "linear"
+        exact = weight_matrix(node) if correcting else None
         if weight not in weights:
             weights[weight] = self._weight(node, weight, rewriter, report, samples)
         rewriter.set_operand(node, 1, weights[weight])
@@ -134,7 +136,7 @@ class Quantize(Pass):
             if x not in shared:
                 shared[x] = self._activation(x, node, rewriter, stats, report)
             rewriter.set_operand(node, 0, shared[x])
-        if self.bias_correction and samples is not None and node.op.name == "linear":
+        if exact is not None and samples is not None:
             self._correct_bias(node, rewriter, exact, samples)
         return True
 
@@ -149,26 +151,11 @@ class Quantize(Pass):
         rows = codes.array().astype(np.float64)
         rows = rows.T if node.attributes.get("transposed", False) else rows
         x = samples.astype(np.float64)
-        error = x.mean(0) @ exact.T - self._rounded(x, node).mean(0) @ (rows * scale.wide()[:, None]).T
+        seen = x if self.activations == "none" else _rounded(x, node.operands[0])
+        error = x.mean(0) @ exact.T - seen.mean(0) @ (rows * scale.wide()[:, None]).T
         old = bias.constant.wide() if bias is not None and bias.constant is not None else np.zeros(len(error))
         name = bias.name if bias is not None else f"{node.result.name}.bias"
         rewriter.set_operand(node, 2, rewriter.constant(Constant(old + error, "f32", error.shape), name))
-
-    def _rounded(self, x: np.ndarray, node: Node) -> np.ndarray:
-        """The samples as the quantised node sees them."""
-        if self.activations == "none":
-            return x
-        if self.activations == "token":
-            scale = np.maximum(np.abs(x).max(1, keepdims=True), 1e-30) / 127.0
-            rounded: np.ndarray = np.round(x / scale) * scale
-            return rounded
-        step, zero = affine_range(min(float(x.min()), 0.0), max(float(x.max()), 0.0))
-        if self.activations == "static":
-            made = node.operands[0].producer if node.operands[0] is not None else None
-            assert made is not None
-            held = [v.constant.wide() for v in made.operands[1:3] if v is not None and v.constant is not None]
-            step, zero = float(held[0]), int(held[1])
-        return (np.clip(np.round(x / step) + zero, 0, 255) - zero) * step
 
     def _weight(
         self, node: Node, weight: Value, rewriter: Rewriter, report: PassReport, samples: np.ndarray | None
@@ -206,11 +193,7 @@ class Quantize(Pass):
         before = x.producer._next if x.producer is not None else rewriter.graph._first
         if self.activations == "static":
             assert stats is not None
-            record = stats.of(x.name)
-            scale, zero = choose_static_range(record, self.static_range, self.percentile)
-            samples = record.samples.astype(np.float64)
-            got = (np.clip(np.round(samples / scale) + zero, 0, 255) - zero) * scale
-            report.figures.setdefault("activations", {})[x.name] = {"sqnr_db": sqnr(samples, got)}
+            scale, zero = choose_static_range(stats.of(x.name), self.static_range, self.percentile)
             constants = [
                 rewriter.constant(Constant.of(np.float32(scale)), f"{x.name}.scale"),
                 rewriter.constant(Constant.of(np.uint8(zero)), f"{x.name}.zero"),
@@ -237,6 +220,10 @@ class Quantize(Pass):
         made = rewriter.insert(
             "dequantize", operands, before=before, names=[f"{x.name}.dequantized"], source=node.source
         )
+        if stats is not None and x.name in stats:
+            samples = stats.of(x.name).samples.astype(np.float64)
+            figure = {"sqnr_db": sqnr(samples, _rounded(samples, made.result))}
+            report.figures.setdefault("activations", {})[x.name] = figure
         return made.result
 
     def _floor(self, x: Value, stats: Stats | None) -> float | None:
@@ -271,3 +258,16 @@ class Quantize(Pass):
         product = rewriter.insert("mul", [wide.result, factor.result], before=node, source=node.source)
         rewriter.replace_node(node, product.result)
         return True
+
+
+def _rounded(samples: np.ndarray, dequantised: Value | None) -> np.ndarray:
+    """The samples as the readers of `dequantised` see them, by the rows of the two nodes before it."""
+    made = dequantised.producer if dequantised is not None else None
+    codes = made.operands[0].producer if made is not None and made.operands[0] is not None else None
+    assert made is not None and codes is not None
+    wide = Wide(torch.float64)
+    held = [v.constant.tensor(torch.float64) for v in codes.operands[1:] if v is not None and v.constant is not None]
+    results = codes.op.evaluate(codes, [torch.from_numpy(samples), *held], wide)
+    operands = [*results, *held] if len(results) == 1 else results  # static: scale and zero are constants
+    rounded: np.ndarray = made.op.evaluate(made, operands, wide)[0].numpy()
+    return rounded

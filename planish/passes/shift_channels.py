@@ -48,11 +48,10 @@ class ShiftChannels(Pass):
         report = PassReport(self.name)
         assert context.stats is not None
         spaces = analyse(graph).of(Act.SHIFT)
-        sites = [(space, site_of(space, context.stats)) for space in spaces]
+        found = [(space, site_of(space, context.stats)) for space in spaces]
+        sites = [(space, site) for space, site in found if site is not None]
         with Rewriter(graph) as rewriter:
             for space, site in sites:
-                if site is None:
-                    continue
                 try:
                     transform, gain = self._choose(site)
                     absorb(rewriter, space, transform)
