@@ -294,6 +294,104 @@ def test_shared_key_and_value_heads(spelling: str) -> None:
     assert all(counts[a] >= 2 for a in (Act.SCALE, Act.ROTATE, Act.LINEAR))
 
 
+def fused_heads(b: Build, layout: str) -> tuple[Value, Value, Value]:
+    """q, k, v [2, HEADS, 3, SIZE] out of one linear, in the orders in which models lay its rows out."""
+    fused = linear(b, b.input("x", "f32[2, 3, 8]"), 3 * WIDTH, "qkv")
+    if layout == "kind-head":  # [3, H, d]
+        wide = b("transpose", b("reshape", fused, np.array([2, 3, 3, HEADS, SIZE])), perm=(2, 0, 3, 1, 4))
+        ones = b.graph.append(ops.get("split"), [wide], {"axis": 0, "sizes": (1, 1, 1)}).results
+        parts = [b("squeeze", part, axes=(0,)) for part in ones]
+    elif layout == "head-kind":  # [H, 3, d], one position taken at a time
+        wide = b("transpose", b("reshape", fused, np.array([2, 3, HEADS, 3, SIZE])), perm=(0, 2, 1, 3, 4))
+        parts = [b("gather", wide, b.constant(np.array(i)), axis=3) for i in range(3)]
+    elif layout == "head-kind-slice":
+        wide = b("reshape", fused, np.array([2, 3, HEADS, 3, SIZE]))
+        cut = [b("slice", wide, np.array([i]), np.array([i + 1]), np.array([3])) for i in range(3)]
+        parts = [b("transpose", b("squeeze", part, axes=(3,)), perm=(0, 2, 1, 3)) for part in cut]
+    else:  # [H, 3 d], cut into three
+        wide = b("transpose", b("reshape", fused, np.array([2, 3, HEADS, 3 * SIZE])), perm=(0, 2, 1, 3))
+        parts = b.graph.append(ops.get("split"), [wide], {"axis": 3, "sizes": (SIZE,) * 3}).results
+    return parts[0], parts[1], parts[2]
+
+
+@pytest.mark.parametrize("layout", ["kind-head", "head-kind", "head-kind-slice", "head-wide"])
+def test_a_fused_weight_holds_a_transform_and_its_inverse(layout: str) -> None:
+    """Queries and keys are dual although one weight makes both; the values are free of them."""
+    b = Build()
+    graph = b.output(linear(b, merged(b, b("attention", *fused_heads(b, layout))), WIDTH, "o"))
+    for act in (Act.SCALE, Act.LINEAR):
+        (dual,) = [s for s in analyse(graph).admitted(act) if "o.weight" not in constants(s)]
+        rows = {m.variance: m.atoms for m in dual.maximal_constants if m.value.name == "qkv.weight"}
+        assert sorted(rows) == [-1, 1]
+        assert sorted(rows[1][rows[1] >= 0]) == sorted(rows[-1][rows[-1] >= 0]) == list(range(WIDTH))
+        (values,) = [s for s in analyse(graph).admitted(act) if "o.weight" in constants(s)]
+        assert sum((m.atoms >= 0).sum() for m in values.maximal_constants if m.value.name == "qkv.weight") == WIDTH
+        assert (None if dual.labels is None else dual.labels.tolist()) == (None if act is Act.SCALE else PER_HEAD)
+    counts = exercise(graph, seed=0, tolerance=1e-12)
+    assert all(counts[a] >= 2 for a in (Act.PERMUTE, Act.SCALE, Act.ROTATE, Act.LINEAR))
+
+
+def test_rows_of_a_sequence_are_no_stack() -> None:
+    """The first token of a sequence carries what all tokens carry: its axis was never a part of the channels."""
+    b = Build()
+    hidden = linear(b, b.input("x", "f32[2, 3, 8]"), WIDTH, "up")
+    first = b("gather", hidden, b.constant(np.array(0)), axis=1)
+    graph = b.output(linear(b, first, 4, "head"), linear(b, hidden, 4, "other"))
+    space = at(graph, hidden, Act.SCALE)
+    assert space.admitted
+    assert set(constants(space)) == {"up.weight", "up.bias", "head.weight", "other.weight"}
+    exercise(graph, seed=0, tolerance=1e-12)
+
+
+def test_a_value_that_meets_its_own_inverse() -> None:
+    """One tensor as queries and keys: only factors of +-1 would do."""
+    b = Build()
+    q = heads(b, linear(b, b.input("x", "f32[2, 3, 8]"), WIDTH, "qk"))
+    v = heads(b, linear(b, b.graph.inputs[0], WIDTH, "v"))
+    graph = b.output(linear(b, merged(b, b("attention", q, q, v)), WIDTH, "o"))
+    space = at(graph, q, Act.SCALE, (1, 3))
+    assert {blocker.reason for blocker in space.blockers} == {"it meets its own inverse"}
+    assert at(graph, q, Act.ROTATE, (1, 3)).admitted
+    exercise(graph, seed=0, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("tables", ["constants", "computed"])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_pairs_change_places_with_their_angles(tables: str, interleaved: bool) -> None:
+    """A permutation of q and k moves whole pairs, the same in every head, and the tables with them."""
+    b = Build()
+    x = b.input("x", "f32[2, 3, 8]")
+    q, k, v = (heads(b, linear(b, x, WIDTH, c)) for c in "qkv")
+    angles: list[Value] = []
+    if tables == "constants":
+        angle = b.rng.normal(size=(3, SIZE // 2))
+        wide = np.repeat(angle, 2, 1) if interleaved else np.concatenate([angle, angle], 1)
+        angles = [b.constant(f(wide), name="table") for f in (np.cos, np.sin)]
+    else:
+        frequency = b.random(SIZE // 2, name="frequency")
+        half = b("mul", b.input("position", "f32[3, 1]"), frequency)
+        if interleaved:
+            pair = b("unsqueeze", half, axes=(2,))
+            both = b("reshape", b("concat", pair, pair, axis=2), np.array([3, SIZE]))
+        else:
+            both = b("concat", half, half, axis=1)
+        angles = [b("cos", both), b("sin", both)]
+    q, k = (b("rope", t, *angles, interleaved=interleaved) for t in (q, k))
+    graph = b.output(linear(b, merged(b, b("attention", q, k, v)), WIDTH, "o"))
+    space = at(graph, q, Act.PERMUTE, (1, 3))
+    assert space.admitted
+    assert space.size == SIZE // 2
+    found = {m.value.name: m.atoms for m in space.maximal_constants}
+    pairs = [0, 0, 1, 1] if interleaved else [0, 1, 0, 1]
+    assert found["q.weight"].tolist() == pairs * HEADS
+    assert ("frequency" in found) == (tables == "computed")
+    factors = at(graph, q, Act.SCALE, (1, 3))
+    assert factors.admitted
+    assert factors.size == WIDTH // 2
+    assert not at(graph, q, Act.ROTATE, (1, 3)).admitted
+    exercise(graph, seed=0, tolerance=1e-12)
+
+
 def test_attention_that_is_written_out_ties_its_heads() -> None:
     """A matmul asks for the contracted axis alone: what is found holds for every head alike, and is exact."""
     b = Build()

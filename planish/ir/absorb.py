@@ -176,6 +176,7 @@ class _Edge:
             blocker.port,
             id(blocker.value),
             blocker.axes,
+            blocker.variance,
             blocker.reason if blocker.node is None else "",
         )
 

@@ -341,17 +341,20 @@ class Chooser:
             self.waiting[p] += self.waiting[q]
 
 
-def signs(search: Search, elements: list[int], links: Sequence[LinkRecord]) -> tuple[int | None, dict[int, int]]:
-    """The variance of each element (+1 where missing; +1 at the first activation), and one where they clash."""
+def signs(search: Search, elements: list[int], links: Sequence[LinkRecord]) -> dict[int, int] | None:
+    """The variance of each element (+1 where missing; +1 at the first activation).
+
+    None: they clash, and each atom needs a variance of its own (`AtomSigns`).
+    """
     members = search.members
     if search.act in (
         Act.PERMUTE,
         Act.ROTATE,
     ):  # their own inverse transposes: only tell readers from writers
         readers = {two if members[two].is_constant else one for one, two, _, variance in links if variance < 0}
-        return None, {e: -1 for e in readers if members[e].is_constant}
+        return {e: -1 for e in readers if members[e].is_constant}
     if all(variance > 0 for _, _, _, variance in links):
-        return None, {}
+        return {}
     near: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for one, two, _, variance in links:
         near[one].append((two, variance))
@@ -359,7 +362,6 @@ def signs(search: Search, elements: list[int], links: Sequence[LinkRecord]) -> t
     start = next((e for e in elements if not members[e].is_constant), elements[0])
     sign = {start: 1}
     stack = [start]
-    clash = None
     while stack:
         element = stack.pop()
         for other, variance in near[element]:
@@ -368,5 +370,59 @@ def signs(search: Search, elements: list[int], links: Sequence[LinkRecord]) -> t
                 sign[other] = expected
                 stack.append(other)
             elif sign[other] != expected:
-                clash = other
-    return clash, sign
+                return None
+    return sign
+
+
+class AtomSigns:
+    """The variance of each atom of a component whose elements hold channels of both kinds.
+
+    A weight that makes queries and keys at once carries the transform on some rows and its inverse transpose
+    on others. The double cover of the graph of atoms (each atom once as +, once as -) tells them apart: an
+    atom whose two copies are connected meets its own inverse.
+    """
+
+    def __init__(self, search: Search, elements: list[int], links: Sequence[LinkRecord]) -> None:
+        sizes = [search.sizes[e] for e in elements]
+        self.starts = dict(zip(elements, np.cumsum([0, *sizes]).tolist(), strict=False))
+        self.sizes = search.sizes
+        self.mixing = search.act in MIXING
+        self.total = sum(sizes)
+        rows, columns = [], []
+        for one, two, pairs, variance in links:
+            mine, theirs = pairs if pairs is not None else (np.arange(search.sizes[one]), np.arange(search.sizes[two]))
+            left, right = mine + self.starts[one], theirs + self.starts[two]
+            crossed = 0 if variance > 0 else self.total
+            rows += [left, left + self.total]
+            columns += [right + crossed, right + self.total - crossed]
+        row, column = np.concatenate(rows), np.concatenate(columns)
+        cover = coo_array((np.ones(len(row), np.int8), (row, column)), shape=(2 * self.total, 2 * self.total))
+        self.label = connected_components(cover, directed=False)[1]
+
+    def of(self, part: Part, root: int) -> tuple[int | None, dict[int, np.ndarray]]:
+        """The variance of each atom of a part, int8 by element: +1 at the first atom of each channel in `root`.
+
+        Returns:
+            an element where a channel meets its own inverse, or whose channels cannot be mixed alike (None if
+            there is none), and the variances (0 at atoms outside of the part).
+        """
+        channels = {e: np.arange(self.sizes[e]) if atoms is None else atoms for e, atoms in part.atoms.items()}
+        first = np.zeros(part.size, np.int64)
+        own = channels[root]
+        places = np.flatnonzero(own >= 0)[::-1]
+        first[own[places]] = places + self.starts[root]
+        clash, found = None, {}
+        for element, channel in channels.items():
+            atom = np.arange(len(channel)) + self.starts[element]
+            inside = channel >= 0
+            base = first[np.where(inside, channel, 0)]
+            sign = np.where(self.label[atom] == self.label[base], 1, -1)
+            sign = np.where(inside, sign, 0).astype(np.int8)
+            if (inside & (self.label[atom] == self.label[atom + self.total])).any():
+                clash = element
+            if self.mixing:
+                pattern = sign[inside][np.argsort(channel[inside], kind="stable")].reshape(part.size, -1)
+                if (pattern != pattern[0]).any():
+                    clash = element
+            found[element] = sign
+        return clash, found

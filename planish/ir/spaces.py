@@ -26,7 +26,7 @@ import numpy as np
 
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import MIXING, Act, Axes, Port
-from planish.ir.space_refine import Chooser, Refiner, grouped, signs
+from planish.ir.space_refine import AtomSigns, Chooser, Part, Refiner, grouped, signs
 from planish.ir.space_search import Member, Questions, Search
 
 __all__ = ["Blocker", "ChannelSpaces", "FoldSite", "Member", "Space", "analyse"]
@@ -122,6 +122,18 @@ class Space:
         return frozenset((m.value.name, m.axes) for m in self.activations if m.value is not None)
 
 
+def _halves(one: Member, two: Member) -> bool:
+    """True for the two members of one element whose atoms carry T here and its inverse transpose there."""
+    return (
+        one.variance != two.variance
+        and (one.value, one.axes, one.grow, one.view) == (two.value, two.axes, two.grow, two.view)
+        and (not one.private or (one.node, one.port) == (two.node, two.port))
+        and one.atoms is not None
+        and two.atoms is not None
+        and not ((one.atoms >= 0) & (two.atoms >= 0)).any()
+    )
+
+
 def _maximal(members: list[Member]) -> list[Member]:
     """Members on nested axes of one tensor are tied: the widest says what happens to the tensor.
 
@@ -137,6 +149,9 @@ def _maximal(members: list[Member]) -> list[Member]:
         shape = member.grow or member.view or (member.value.shape if member.value is not None else None) or ()
         axes = frozenset(a - len(shape) for a in member.axes)  # from the right: grown shapes differ in rank
         tensor = (id(member.node), member.port) if member.private else (id(member.value),)
+        if any(_halves(member, other) for other in kept):
+            kept.append(member)
+            continue
         if within(tensor, axes):
             continue
         if not member.private and member.is_constant and member.value is not None:
@@ -157,17 +172,38 @@ def _spaces(search: Search) -> Iterator[Space]:
     for elements, links in grouped(search, [*search.links, *chooser.links]):
         if all(search.members[e].is_constant for e in elements):
             continue
-        clash, sign = signs(search, elements, links)
+        sign = signs(search, elements, links)
+        finer = AtomSigns(search, elements, links) if sign is None else None
         for part in refiner.parts(elements, links):
             space = Space(search.act, part.size, [], [], [], part.labels if mixing else None)
-            for element, atoms in part.atoms.items():
-                _add(space, search, element, atoms, sign.get(element, 1))
-                if element == clash:
-                    member = search.members[element]
-                    if member.value is not None:
-                        space.blockers.append(Blocker(None, 0, member.value, member.axes, "it meets its own inverse"))
+            if finer is None:
+                assert sign is not None
+                for element, atoms in part.atoms.items():
+                    _add(space, search, element, atoms, sign.get(element, 1))
+            else:
+                _add_by_atoms(space, search, part, finer)
             if space.activations:
                 yield space
+
+
+def _add_by_atoms(space: Space, search: Search, part: Part, signs: AtomSigns) -> None:
+    """Add the elements of a part, each once for the atoms that carry T and once for those that carry the inverse."""
+    members = search.members
+    root = next((e for e in part.atoms if not members[e].is_constant), next(iter(part.atoms)))
+    clash, found = signs.of(part, root)
+    for element, atoms in part.atoms.items():
+        sign = found[element]
+        channel = np.arange(len(sign)) if atoms is None else atoms
+        for variance in (1, -1):
+            chosen = sign == variance
+            if not chosen.any():
+                continue
+            whole = atoms if chosen.sum() == (channel >= 0).sum() else np.where(chosen, channel, -1)
+            _add(space, search, element, whole, variance)
+    if clash is not None:
+        value = members[clash].value or members[root].value
+        assert value is not None
+        space.blockers.append(Blocker(None, 0, value, members[clash].axes, "it meets its own inverse"))
 
 
 def _add(space: Space, search: Search, element: int, atoms: np.ndarray | None, variance: int) -> None:
@@ -242,9 +278,8 @@ class ChannelSpaces:
         if act not in self._index:
             table = self._index[act] = {}
             for space in self.of(act):
-                for member in space.activations:
-                    assert member.value is not None
-                    table.setdefault((member.value, member.axes), []).append(space)
+                for key in dict.fromkeys((m.value, m.axes) for m in space.activations if m.value is not None):
+                    table.setdefault(key, []).append(space)
         return self._index[act].get((value, axes), [])
 
 

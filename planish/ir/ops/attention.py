@@ -237,7 +237,7 @@ def _rope_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         return Block("it turns a shift")
     if last:
         if act is Act.PERMUTE:
-            return Block("the pairs of channels that turn together must stay together")
+            return _rope_permute(node, sites, asker, axes)
         if act is not Act.SCALE:
             return Block("it turns each pair of channels by an angle of its own")
         if port not in (0, -1):
@@ -256,14 +256,35 @@ def _rope_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     return Carry((Link(~port, axes),))
 
 
-def _rope_scale(node: Node, shape: tuple[Dim, ...], port: Port, axes: Axes) -> Relation:
-    """Both channels of a pair carry one factor."""
+def _tie(node: Node, shape: tuple[Dim, ...], port: Port, axes: Axes) -> Link:
+    """The link of a port to itself that makes both channels of a pair one."""
     dims = [d for a in axes if isinstance(d := shape[a], int)]
     atoms = np.arange(int(np.prod(dims))).reshape(dims)
     partner = np.take(atoms, _partners(dims[-1], flag(node, "interleaved")), axis=-1)
-    through = Link(~port, axes)
-    tie = replace(through, port=port, pairs=(atoms.reshape(-1), partner.reshape(-1)))
-    return Carry((through, tie))
+    return Link(port, axes, pairs=(atoms.reshape(-1), partner.reshape(-1)))
+
+
+def _rope_scale(node: Node, shape: tuple[Dim, ...], port: Port, axes: Axes) -> Relation:
+    """Both channels of a pair carry one factor."""
+    return Carry((Link(~port, axes), _tie(node, shape, port, axes)))
+
+
+def _rope_permute(node: Node, sites: dict[Port, Site], asker: Site, axes: Axes) -> Relation:
+    """Pairs change places as wholes, and their angles with them; a constant table becomes the node's own."""
+    links = [_tie(node, asker.dims, asker.port, axes)]
+    for site in sites.values():
+        if site.port == asker.port:
+            continue
+        link = link_between(asker, axes, site)
+        if isinstance(link, Block):
+            return link
+        value = node.port(site.port)
+        if link is None or site.dims[-1] == 1:
+            return Block("its pairs turn by one angle")
+        if value is not None and value.is_constant:
+            link = replace(link, grow=tuple(d for d in site.dims if isinstance(d, int)))
+        links.append(link)
+    return Carry(tuple(links))
 
 
 rope = register(

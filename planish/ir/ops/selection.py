@@ -22,6 +22,7 @@ from planish.ir.ops.align import (
     swapped,
 )
 from planish.ir.ops.base import Act, Axes, Block, Carry, Link, Param, Port, Relation, Wide, normal_axis
+from planish.ir.ops.stacks import stacked
 from planish.ir.ops.structural import (
     NOT_DATA,
     element_count,
@@ -178,6 +179,8 @@ def _relate_split(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     assert value.rank is not None
     axis = normal_axis(attribute(node, "axis"), value.rank)
     ports = [0, *(~index for index in range(len(sizes)))]
+    if axis not in axes and port < 0 and sizes[~port] == 1 and stacked(node.operand(0), axis, axes):
+        axes = tuple(sorted((*axes, axis)))
     if axis not in axes:
         return Carry(tuple(Link(other, axes) for other in ports if other != port))
     whole = list(asked_dims(node, port, axes))
@@ -283,6 +286,9 @@ def _relate_slice(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         indices[axis] = None
         if isinstance(dim, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int):
             indices[axis] = np.arange(dim)[start:end:step]
+    if port == -1:
+        ones = [a for a, found in indices.items() if a not in axes and found is not None and len(found) == 1]
+        axes = tuple(sorted((*axes, *(a for a in ones if stacked(node.operand(0), a, axes)))))
     return relate_positions(node, port, axes, indices)
 
 
@@ -306,6 +312,7 @@ structural_row(
     "x cut along `axis` into parts of `sizes`",
     {"axis": 0, "sizes": ()},
     family="selection",
+    beyond=frozenset(Act),  # whether the axis was one with the asked ones, by its producers
 )
 structural_row(
     "slice",
@@ -315,4 +322,5 @@ structural_row(
     _relate_slice,
     "y = x[start:end:step] along each of the axes",
     family="selection",
+    beyond=frozenset(Act),  # as for split
 )
