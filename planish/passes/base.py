@@ -15,10 +15,30 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from planish.ir.graph import Graph, Node, Value
+from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
-from planish.ir.spaces import Space
+from planish.ir.spaces import Blocker, Member, Space
 from planish.ir.stats import Stats
-from planish.ir.transform import Transform
+from planish.ir.transform import Mix, Transform
+
+ROTATED = "rotated-norms"  # graph.meta: the results of the norms whose operand was rotated
+NORMS = frozenset({"rms_norm", "layer_norm"})
+FOLDED = "its gain was folded for a rotation: a scale would return into it"
+
+
+def rotated_norms(graph: Graph) -> set[str]:
+    """The names of the results of norms that read a rotated stream, of those that are still there."""
+    names = graph.meta.get(ROTATED, ())
+    assert isinstance(names, tuple)
+    return {name for name in names if isinstance(name, str) and name in graph.values}
+
+
+def _gain_of(member: Member, names: set[str]) -> list[Node]:
+    """The norms among those of `names` whose gain the member is."""
+    readers = [member.node, *(member.value.users if member.value is not None else ())]
+    if member.value is None and member.port != 1:
+        return []
+    return [n for n in readers if n is not None and n.result.name in names and n.operand(1) is member.value]
 
 
 class Exactness(Enum):
@@ -93,8 +113,34 @@ class Context:
     seed: int = 0
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
 
+    def guarded(self, graph: Graph, space: Space) -> Space:
+        """The space as a diagonal transform may use it: without the gains of norms that read a rotated stream.
+
+        Such a gain was folded so that the stream could be rotated; a scale must not come back into it. The space
+        is then blocked behind these norms, where an explicit op can stand. Equal to `space` if there are none.
+        """
+        names = rotated_norms(graph)
+        if space.act is not Act.SCALE or not names:
+            return space
+        norms = {m: folded for m in space.constants if (folded := _gain_of(m, names))}
+        if not norms:
+            return space
+        results = {node.result: node for folded in norms.values() for node in folded}
+        behind = [
+            Blocker(results[m.value], -1, m.value, m.axes, FOLDED, m.variance, m.atoms)
+            for m in space.activations
+            if m.value in results
+        ]
+        kept = [m for m in space.constants if m not in norms]
+        return dataclasses.replace(space, constants=kept, blockers=[*space.blockers, *behind])
+
     def transformed(self, rewriter: Rewriter, space: Space, transform: Transform) -> None:
-        """Tell the statistics that a space was transformed by that rewriter."""
+        """Tell the statistics that a space was transformed by that rewriter, and the graph which norms it rotated."""
+        if isinstance(transform, Mix):
+            streams = {m.value for m in space.activations}
+            norms = [n.result.name for n in rewriter.graph.nodes if n.op.name in NORMS and n.operands[0] in streams]
+            if norms:
+                rewriter.graph.meta[ROTATED] = tuple(sorted(rotated_norms(rewriter.graph).union(norms)))
         if self.stats is None:
             return
         whole = {id(m.value) for m in space.activations if len(m.axes) == 1}

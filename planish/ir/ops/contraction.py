@@ -43,6 +43,7 @@ from planish.ir.ops.labels import (
     tensor_type,
     with_addend,
 )
+from planish.ir.ops.stacks import from_constant
 from planish.ir.types import UNKNOWN, Dim, Type, is_float
 
 NO_BIAS = "has no bias that could take a shift up"
@@ -113,7 +114,7 @@ def _matmul_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
 
 def _matmul_channels(node: Node) -> Sequence[tuple[Port, Axes]]:
     sites = _matmul_sites(node)
-    if sites is None or not any(v is not None and v.is_constant for v in node.operands):
+    if sites is None or not any(from_constant(v) for v in node.operands):
         return ()  # between two activations there is nothing to take a transform up
     found = [(p, (s.labels.index("k"),)) for p, s in sites.items() if "k" in s.labels]
     return [*found, *((-1, (sites[-1].labels.index(k),)) for k in ("m", "n") if k in sites[-1].labels)]

@@ -14,6 +14,9 @@ from planish.ir.ops.regroup import find_groups
 from planish.ir.shapes import known_ints
 
 DEPTH = 12  # ops between the reshape and the cut
+_VIEWS = frozenset(
+    {"gather", "transpose", "reshape", "flatten", "unsqueeze", "squeeze", "expand", "slice", "split", "cast", "identity"}
+)
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "cast", "identity", "neg", "silu", "gelu", "relu"})
 
 
@@ -54,6 +57,17 @@ def stacked(value: Value | None, axis: int, axes: Axes) -> bool:
         axis, axes, value = places[axis], tuple(places[a] for a in axes if a in places), source
         if not axes:
             return False
+    return False
+
+
+def from_constant(value: Value | None) -> bool:
+    """True for a constant, and for what is looked up in one: the weights of the experts that rows chose."""
+    for _ in range(DEPTH):
+        if value is None or value.is_constant:
+            return value is not None
+        if value.producer is None or value.producer.op.name not in _VIEWS:
+            return False
+        value = value.producer.operand(0)
     return False
 
 
