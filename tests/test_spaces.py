@@ -343,6 +343,28 @@ def test_rows_of_a_sequence_are_no_stack() -> None:
     exercise(graph, seed=0, tolerance=1e-12)
 
 
+@pytest.mark.parametrize("stream", ["chain", "residual"])
+def test_a_batch_norm_stands_between_two_scales(stream: str) -> None:
+    """Its gain takes the scale of its input and the one of its result, each by itself; in a residual they cancel."""
+    b = Build()
+    first = linear(b, b.input("x", "f32[3, 8]"), WIDTH, "first")
+    vectors = [b.random(WIDTH, name=n) for n in ("gain", "bias", "mean")]
+    variance = b.constant(np.exp(b.rng.normal(size=WIDTH)), name="variance")
+    normed = b("batch_norm", first, *vectors, variance)
+    last = b("add", first, normed) if stream == "residual" else normed
+    graph = b.output(linear(b, last, WIDTH, "last"))
+    ahead, behind = at(graph, first, Act.SCALE), at(graph, normed, Act.SCALE)
+    assert ahead.admitted
+    assert behind.admitted
+    gains = sorted(m.variance for s in (ahead, behind) for m in s.constants if m.value.name == "gain")
+    if stream == "chain":
+        assert constants(ahead)["gain"] == ((0,), -1)
+        assert constants(behind)["gain"] == ((0,), 1)
+    else:
+        assert gains == [-1, -1, 1, 1]
+    assert exercise(graph, seed=0, tolerance=1e-12)[Act.SCALE] >= 2 - (stream == "residual")
+
+
 def test_a_value_that_meets_its_own_inverse() -> None:
     """One tensor as queries and keys: only factors of +-1 would do."""
     b = Build()

@@ -34,7 +34,7 @@ class Member:
         atoms: int [product of the axes]: the channel of each position, -1 if it is in another space.
             None: position i is channel i.
         node, port: for a constant: the reader through which it was reached.
-        grow, view, neutral, offset: see `planish.ir.ops.base.Link`.
+        grow, view, neutral, offset, apart: see `planish.ir.ops.base.Link`.
     """
 
     value: Value | None
@@ -47,6 +47,7 @@ class Member:
     view: tuple[int, ...] | None = None
     neutral: float | None = None
     offset: float = 0.0
+    apart: bool = False
 
     @property
     def is_constant(self) -> bool:
@@ -209,11 +210,13 @@ class Search:
             return None
         if value is None and self.act is not Act.SHIFT and link.neutral == 0.0:
             return None  # a linear map leaves the zeros of an absent bias alone
+        if link.apart and (value is None or len(value.users) > 1):
+            return "its gain has several readers"
         if value is None or link.grow is not None:
             shape = link.grow
             if shape is None:
                 return "an absent operand would be needed"
-            key: tuple[Any, ...] = (node, link.port, link.axes, shape)
+            key: tuple[Any, ...] = (node, link.port, link.axes, shape, link.apart)
             size = int(np.prod([shape[a] for a in link.axes]))
         elif link.view is not None:
             key = (value, link.axes, link.view)
@@ -221,18 +224,20 @@ class Search:
             if len(value.users) > 1:
                 return "its kernel has other readers"
         else:
-            key = (value, link.axes)
+            key = (value, link.axes, link.apart) if link.apart else (value, link.axes)
             size = static_size(value, link.axes) or 0
         number = self.ids.get(key)
         if number is not None:
             if self.members[number].offset != link.offset:
                 return "its gain is read in two ways"
             return number
-        member = Member(value, link.axes, 1, None, node, link.port, link.grow, link.view, link.neutral, link.offset)
+        member = Member(
+            value, link.axes, 1, None, node, link.port, link.grow, link.view, link.neutral, link.offset, link.apart
+        )
         number = self._new(key, member, size)
-        if value is not None and link.grow is None:
-            if id(value) in self.outputs:
-                self.blocked[number].append((None, 0, "the constant is a graph output"))
+        if value is not None and link.grow is None and id(value) in self.outputs:
+            self.blocked[number].append((None, 0, "the constant is a graph output"))
+        if value is not None and link.grow is None and not link.apart:
             others = self.by_value.setdefault(value, [])
             if any(self.members[o].view != link.view for o in others):
                 self.blocked[number].append((node, link.port, "its kernel is read in two shapes"))

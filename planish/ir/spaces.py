@@ -149,6 +149,9 @@ def _maximal(members: list[Member]) -> list[Member]:
         shape = member.grow or member.view or (member.value.shape if member.value is not None else None) or ()
         axes = frozenset(a - len(shape) for a in member.axes)  # from the right: grown shapes differ in rank
         tensor = (id(member.node), member.port) if member.private else (id(member.value),)
+        if member.apart:
+            kept.append(member)
+            continue
         if any(_halves(member, other) for other in kept):
             kept.append(member)
             continue
@@ -211,7 +214,7 @@ def _add(space: Space, search: Search, element: int, atoms: np.ndarray | None, v
     if atoms is not None or variance != 1:
         member = Member(
             found.value, found.axes, variance, atoms, found.node, found.port,
-            found.grow, found.view, found.neutral, found.offset,
+            found.grow, found.view, found.neutral, found.offset, found.apart,
         )  # fmt: skip
     else:
         member = found

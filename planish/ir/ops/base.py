@@ -70,6 +70,8 @@ class Link:
         neutral: what an absent optional operand stands for (0 for a bias, 1 for a gain), so that one can
             be made; `grow` is then its shape.
         offset: the constant c acts as c + offset (a norm that multiplies by 1 + w).
+        apart: the constant takes this transform besides what other ports of the node ask of it (a factor between
+            two spaces takes the scales of both); the two have nothing to do with each other.
     """
 
     port: Port
@@ -80,6 +82,7 @@ class Link:
     view: tuple[int, ...] | None = None
     neutral: float | None = None
     offset: float = 0.0
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ instance_norm   the same with one channel a group
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from planish.ir.ops.base import (
     Act,
     Axes,
     Block,
+    Carry,
     OpDef,
     Param,
     Port,
@@ -57,8 +59,11 @@ def _batch_norm_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation
         if port == 4:
             return Block("its variance is read beside eps")
         if port in (0, 3):
-            # gain / s * (s x - s mean)
-            return norm.links(act, ((0, None, 1), (3, None, 1), (1, None, -1)))
+            # gain / s * (s x - s mean), whatever scale the result carries
+            relation = norm.links(act, ((0, None, 1), (3, None, 1), (1, None, -1)))
+            if isinstance(relation, Carry):
+                return Carry(tuple(replace(k, apart=True) if k.port == 1 else k for k in relation.links))
+            return relation
         return norm.links(act, ((-1, None, 1), (1, None, 1), (2, None, 1)))
     if port in (0, 3):
         return norm.links(act, ((0, None, 1), (3, None, 1)))
