@@ -14,7 +14,8 @@ from planish.ir.ops.regroup import find_groups
 from planish.ir.shapes import known_ints
 
 DEPTH = 12  # ops between the reshape and the cut
-_VIEWS = frozenset("gather transpose reshape flatten unsqueeze squeeze expand slice split cast identity".split())
+_RESHAPES = frozenset({"transpose", "reshape", "flatten", "unsqueeze", "squeeze", "expand"})
+_VIEWS = _RESHAPES | {"gather", "slice", "split", "cast", "identity"}
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "cast", "identity", "neg", "silu", "gelu", "relu"})
 
 
