@@ -15,7 +15,7 @@ from planish.ir import audit_instances, ops
 from planish.ir.audit import audit
 from planish.ir.audit_trial import Instance, Trial
 from planish.ir.graph import Node
-from planish.ir.ops.base import INVISIBLE, Act, Axes, Block, Carry, Fold, Link, OneOf, OpDef, Port, Relation
+from planish.ir.ops.base import INVISIBLE, Act, Axes, Block, Carry, Fold, Link, OpDef, Port, Relation
 from planish.ir.types import TensorType
 from planish.report.op_table import render
 
@@ -214,6 +214,19 @@ def test_a_shift_of_the_keys_is_invisible_to_a_softmax() -> None:
     assert isinstance(relation("attention", 0, Act.SHIFT, 0, (1, 3)), Block)
 
 
+def test_a_cap_and_sinks_see_what_a_softmax_alone_does_not() -> None:
+    capped = next(i for i, x in enumerate(instances("attention")) if x.attributes.get("softcap"))
+    sunk = next(i for i, x in enumerate(instances("attention")) if len(x.operands) == 5)
+    for number in (capped, sunk):
+        assert relation("attention", number, Act.LINEAR, 0, (1, 3)) == relation("attention", 0, Act.LINEAR, 0, (1, 3))
+        assert relation("attention", number, Act.SHIFT, 1, (1, 3)) == Block("a shift changes the scores")
+    assert relation("attention", capped, Act.SHIFT, 2, (1, 3)) == Carry((Link(-1, (1, 3)),))
+    assert relation("attention", sunk, Act.SHIFT, 2, (1, 3)) == Block("with sinks, its rows do not sum to one")
+    answer = relation("attention", sunk, Act.PERMUTE, 4, (0,))
+    assert isinstance(answer, Carry)
+    assert sorted(link.port for link in answer.links) == [-1, 0, 1, 2]
+
+
 def test_query_heads_share_the_transform_of_their_key_head() -> None:
     answer = relation("attention", 1, Act.LINEAR, 0, (1, 3))
     assert isinstance(answer, Carry)
@@ -226,10 +239,12 @@ def test_query_heads_share_the_transform_of_their_key_head() -> None:
     assert (keys % 4 == asker % 4).all()
 
 
-def test_depthwise_scale_rides_on_the_kernel_or_passes() -> None:
-    answer = relation("conv", 8, Act.SCALE, 0, (1,))
-    assert isinstance(answer, OneOf)
-    assert [tuple(k.port for k in option.links) for option in answer.options] == [(1,), (-1, 2)]
+def test_a_depthwise_kernel_takes_the_scale_of_either_side() -> None:
+    before, after = relation("conv", 8, Act.SCALE, 0, (1,)), relation("conv", 8, Act.SCALE, -1, (1,))
+    assert isinstance(before, Carry)
+    assert isinstance(after, Carry)
+    assert [(k.port, k.variance, k.apart) for k in before.links] == [(1, -1, True)]
+    assert [(k.port, k.variance, k.apart) for k in after.links] == [(1, 1, False), (2, 1, False)]
 
 
 def test_padding_keeps_a_shift_out() -> None:

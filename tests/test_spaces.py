@@ -304,6 +304,11 @@ def fused_heads(b: Build, layout: str) -> tuple[Value, Value, Value]:
     elif layout == "head-kind":  # [H, 3, d], one position taken at a time
         wide = b("transpose", b("reshape", fused, np.array([2, 3, HEADS, 3, SIZE])), perm=(0, 2, 1, 3, 4))
         parts = [b("gather", wide, b.constant(np.array(i)), axis=3) for i in range(3)]
+    elif layout == "shared":  # [H + 2, d]: one key head and one value head behind the query heads
+        wide = b("reshape", fused, np.array([2, 3, HEADS + 4, SIZE]))
+        cut = [b("slice", wide, np.array([0]), np.array([HEADS]), np.array([2]))]
+        cut += [b("gather", wide, b.constant(np.array([i])), axis=2) for i in (HEADS, HEADS + 1)]
+        parts = [b("transpose", part, perm=(0, 2, 1, 3)) for part in cut]
     elif layout == "head-kind-slice":
         wide = b("reshape", fused, np.array([2, 3, HEADS, 3, SIZE]))
         cut = [b("slice", wide, np.array([i]), np.array([i + 1]), np.array([3])) for i in range(3)]
@@ -340,6 +345,18 @@ def test_rows_of_a_sequence_are_no_stack() -> None:
     space = at(graph, hidden, Act.SCALE)
     assert space.admitted
     assert set(constants(space)) == {"up.weight", "up.bias", "head.weight", "other.weight"}
+    exercise(graph, seed=0, tolerance=1e-12)
+
+
+def test_the_one_key_head_of_many_queries() -> None:
+    """Position -2 of the fused heads are keys, -1 values: neither ties the query heads' rows."""
+    b = Build()
+    graph = b.output(linear(b, merged(b, b("attention", *fused_heads(b, "shared"))), WIDTH, "o"))
+    (values,) = [s for s in analyse(graph).admitted(Act.ROTATE) if "o.weight" in constants(s)]
+    assert values.size == SIZE
+    (dual,) = [s for s in analyse(graph).admitted(Act.LINEAR) if "o.weight" not in constants(s)]
+    assert dual.size == SIZE
+    assert {m.variance for m in dual.constants} == {-1, 1}
     exercise(graph, seed=0, tolerance=1e-12)
 
 

@@ -93,7 +93,7 @@ def transformed(member: Member, transform: Transform) -> np.ndarray:
         assert member.grow is not None and member.neutral is not None
         return _applied(member, np.full(member.grow, member.neutral), transform)
     assert value.constant is not None
-    data = value.constant.wide()
+    data = _held(value.constant, transform)
     if member.grow is not None:
         data = np.broadcast_to(data, np.broadcast_shapes(data.shape, member.grow))
     return _applied(member, data, transform)
@@ -107,6 +107,8 @@ def _applied(member: Member, data: np.ndarray, transform: Transform) -> np.ndarr
     given = member.grow or member.view or (member.value.shape if member.value is not None else None)
     assert given is not None
     axes = tuple(a + data.ndim - len(given) for a in member.axes)
+    if isinstance(transform, Permute):
+        return apply(data, axes, transform, member.atoms, member.variance).reshape(shape)
     data = apply(data + member.offset, axes, transform, member.atoms, member.variance) - member.offset
     return data.reshape(shape)
 
@@ -124,8 +126,15 @@ def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform
         if value in done:
             continue
         assert value.constant is not None
-        data = _applied(member, value.constant.wide(), transform)
+        data = _applied(member, _held(value.constant, transform), transform)
         rewriter.set_constant(value, Constant(data, value.constant.dtype, data.shape), readers="all")
+
+
+def _held(constant: Constant, transform: Transform) -> np.ndarray:
+    """The data to transform: float64, or as it is where numbers only change places."""
+    if isinstance(transform, Permute) and not constant.is_wide:
+        return constant.array()
+    return constant.wide()
 
 
 def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> Value:
@@ -136,7 +145,7 @@ def _give(rewriter: Rewriter, node: Node, port: int, data: np.ndarray) -> Value:
     old = node.operand(port)
     dtype = old.dtype if old is not None else node.result.dtype
     assert dtype is not None
-    constant = Constant(np.array(data, np.float64), dtype, data.shape)
+    constant = Constant(np.array(data), dtype, data.shape)
     if old is not None and old.is_constant and len(old.users) == 1 and old.shape == constant.shape:
         if not any(v is old for v in rewriter.graph.output_values()):
             rewriter.set_constant(old, constant)
@@ -163,7 +172,7 @@ def _fold(rewriter: Rewriter, site: FoldSite, transform: Transform) -> None:
     dims = [int(value.shape[a]) for a in site.axes]  # type: ignore[arg-type]
     offsets = _spread(transform, site.atoms, math.prod(dims), site.variance).reshape(dims)
     for port, data in site.node.op.fold(site.node, transform.act, site.port, site.axes, offsets).items():
-        _give(rewriter, site.node, port, data)
+        _give(rewriter, site.node, port, np.asarray(data, np.float64))
 
 
 class _Edge:

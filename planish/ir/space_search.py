@@ -211,7 +211,7 @@ class Search:
         if value is None and self.act is not Act.SHIFT and link.neutral == 0.0:
             return None  # a linear map leaves the zeros of an absent bias alone
         if link.apart and (value is None or len(value.users) > 1):
-            return "its gain has several readers"
+            return "a constant that would take two scales has several readers"
         if value is None or link.grow is not None:
             shape = link.grow
             if shape is None:

@@ -32,7 +32,7 @@ from planish.ir.ops.affine import (
     wide,
 )
 from planish.ir.ops.align import attribute, numeric
-from planish.ir.ops.base import Act, Axes, Block, Carry, Link, OneOf, OpDef, Param, Port, Relation, Wide
+from planish.ir.ops.base import Act, Axes, Block, Carry, Link, OpDef, Param, Port, Relation, Wide
 from planish.ir.ops.labels import Site, integer, integers, like, tensor_type
 from planish.ir.types import Dim, Type
 
@@ -198,18 +198,15 @@ def _grouped(node: Node, sites: Mapping[Port, Site], act: Act, port: Port, axes:
     # the kernel's axes, in a view where groups stand apart, that are the channels of x and of the result
     view = (groups, shape[0] // groups, *shape[1:])
     if node.op.name == "conv":
-        of_x, of_result = Link(1, (0, 2), -1, view=view), Link(1, (0,))
+        of_x, of_result = Link(1, (0, 2), -1, view=view, apart=True), Link(1, (0,))
     else:
-        of_x, of_result = Link(1, (0,), -1), Link(1, (0, 2), view=view)
+        of_x, of_result = Link(1, (0,), -1, apart=True), Link(1, (0, 2), view=view)
     own_bias = None if node.operand(2) is None else _bias_link(bias)
-    absorbed: dict[Port, Carry | Block] = {0: Carry((of_x,)), -1: carry(of_result, own_bias)}
     if port in (0, -1):
-        own = absorbed[port]
-        if not depthwise or isinstance(own, Block):
-            return own
-        through = Link(~port, (1,))  # 0 <-> -1
-        passed = Carry((through,) if own_bias is None else (through, own_bias))
-        return OneOf((own, passed), "its kernel took the scale")
+        if depthwise and not is_constant(node.operand(1)):
+            return carry(Link(~port, (1,)), own_bias)
+        # a kernel takes both scales, the one of its input and the one of its result
+        return Carry((of_x,)) if port == 0 else carry(of_result, own_bias)
     if port == 2:
         return carry(Link(-1, (1,)), of_result) if bias.grow is None else Block("its bias is no vector")
     reads_x = node.op.name != "conv"

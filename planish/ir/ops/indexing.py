@@ -20,7 +20,7 @@ from planish.ir.ops.align import (
 )
 from planish.ir.ops.base import Act, Axes, Block, Carry, Link, Param, Port, Relation, Wide, normal_axis
 from planish.ir.ops.selection import DYNAMIC, moved, relate_positions, take
-from planish.ir.ops.stacks import stacked
+from planish.ir.ops.stacks import stacked, widened
 from planish.ir.ops.structural import (
     NOT_DATA,
     operand_shape,
@@ -89,7 +89,9 @@ def _relate_gather(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         return _gathered(node, -1, axes, targets, data, axis, axes)
     region = tuple(a for a in axes if axis <= a < axis + span)
     outside = tuple(a - span + 1 if a >= axis + span else a for a in axes if a not in region)
-    if not region and not (index_shape == () and stacked(node.operand(0), axis, outside)):
+    if span == 1 and not region and (stack := widened(node, port, axis, axes)) is not None:
+        return stack
+    if not region and not (span == 0 and stacked(node.operand(0), axis, outside)):
         return Carry((Link(0, outside),))
     if act is Act.PERMUTE and not outside and not is_constant(node.operand(1)):
         return Carry((Link(1, tuple(a - axis for a in axes)),))

@@ -22,7 +22,7 @@ from planish.ir.ops.align import (
     swapped,
 )
 from planish.ir.ops.base import Act, Axes, Block, Carry, Link, Param, Port, Relation, Wide, normal_axis
-from planish.ir.ops.stacks import stacked
+from planish.ir.ops.stacks import widened
 from planish.ir.ops.structural import (
     NOT_DATA,
     element_count,
@@ -179,8 +179,8 @@ def _relate_split(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     assert value.rank is not None
     axis = normal_axis(attribute(node, "axis"), value.rank)
     ports = [0, *(~index for index in range(len(sizes)))]
-    if axis not in axes and port < 0 and sizes[~port] == 1 and stacked(node.operand(0), axis, axes):
-        axes = tuple(sorted((*axes, axis)))
+    if axis not in axes and port < 0 and (stack := widened(node, port, axis, axes)) is not None:
+        return stack
     if axis not in axes:
         return Carry(tuple(Link(other, axes) for other in ports if other != port))
     whole = list(asked_dims(node, port, axes))
@@ -286,9 +286,9 @@ def _relate_slice(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         indices[axis] = None
         if isinstance(dim, int) and isinstance(start, int) and isinstance(end, int) and isinstance(step, int):
             indices[axis] = np.arange(dim)[start:end:step]
-    if port == -1:
-        ones = [a for a, found in indices.items() if a not in axes and found is not None and len(found) == 1]
-        axes = tuple(sorted((*axes, *(a for a in ones if stacked(node.operand(0), a, axes)))))
+    for axis in indices if port == -1 else ():
+        if axis not in axes and (stack := widened(node, port, axis, axes)) is not None:
+            return stack
     return relate_positions(node, port, axes, indices)
 
 

@@ -1,15 +1,15 @@
 """Axes that were one axis further up: a fused projection `[B, T, 3 H d]` read as `[B, T, 3, H, d]`.
 
-An op that takes one position out of such an axis (split into ones, slice, gather with a scalar) takes other
-channels each time, not the same channels in another row. Its row then links the asked axes to the wider
-element that holds the axis as well, so that what is taken out at other positions stays free.
+An op that takes positions out of such an axis (split, slice, gather) takes other channels each time, not the same
+channels in another row. Its row then links the asked axes to the wider element that holds the axis as well, so
+that what is taken out at other positions stays free.
 """
 
 from __future__ import annotations
 
 from planish.ir.graph import Node, Value
-from planish.ir.ops.align import attribute
-from planish.ir.ops.base import Axes, normal_axis
+from planish.ir.ops.align import attribute, static_dims, tie_pairs
+from planish.ir.ops.base import Axes, Carry, Link, Port, normal_axis
 from planish.ir.ops.regroup import find_groups
 from planish.ir.shapes import known_ints
 
@@ -57,6 +57,22 @@ def stacked(value: Value | None, axis: int, axes: Axes) -> bool:
         if not axes:
             return False
     return False
+
+
+def widened(node: Node, port: Port, axis: int, axes: Axes) -> Carry | None:
+    """The link from `axes` of a result to the element of it that holds `axis` as well; None if they are no stack.
+
+    What is asked of the axes then holds for the positions that this op takes, not for the others.
+    """
+    value = node.port(port)
+    if value is None or not stacked(node.operand(0), axis, axes):
+        return None
+    joint = tuple(sorted((*axes, axis)))
+    dims = static_dims(value, joint)
+    if dims is None:
+        return None
+    asked = [1 if a == axis else dim for a, dim in zip(joint, dims, strict=True)]
+    return Carry((Link(port, joint, pairs=tie_pairs(asked, dims)),))
 
 
 def from_constant(value: Value | None) -> bool:
