@@ -146,7 +146,10 @@ def apply(
                 right = matrix.T if variance > 0 or transform.orthogonal else np.linalg.inv(matrix)
                 for copy in range(table.shape[1]):
                     where = table[index, copy]
-                    out[..., where] = flat[..., where] @ right
+                    if len(where) == count and (where == np.arange(count)).all():
+                        out = flat @ right  # without two copies of a large weight
+                    else:
+                        out[..., where] = flat[..., where] @ right
     return np.moveaxis(out.reshape(moved.shape), last, axes)
 
 

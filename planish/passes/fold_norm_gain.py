@@ -6,25 +6,30 @@ The norm's result lies in a channel space; the pass gives that space the scale 1
 shift -b, so that every reader takes part: several linears, tied weights, whatever the op table lets through.
 Afterwards the gain is one (zero where the norm multiplies by 1 + g) and the bias is zero: what a rotation needs
 of an RMS norm, and what makes all channels of the result alike. Exact over the reals. Declined where the space
-is blocked (post-norm residuals: the next norm reads the result too) and where a gain is zero.
+is blocked (post-norm residuals: the next norm reads the result too) and where a gain is zero. A table that is both
+embedding and head gives the norm's input the transform of its result; `untie` lets the head read a copy.
+A gain near zero may hide a channel that is large in front of it: folding re-exposes that, which is measured and noted.
 QuaRot, arXiv:2404.00456, section 4; SliceGPT, arXiv:2401.15024.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
 from planish.ir.absorb import absorb
 from planish.ir.constant import Constant
-from planish.ir.graph import Graph, Node, Value
+from planish.ir.graph import Graph, Node
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale, Shift
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
 from planish.passes.match import attribute
+from planish.passes.residual_sinks import Sink, residual_sinks, warning
+from planish.passes.ties import Tie, tied, untie
 
 NORMS = ("layer_norm", "rms_norm")
 
@@ -35,9 +40,14 @@ class FoldNormGain(Pass):
 
     Args:
         bias: fold biases too.
+        untie: where a constant that writes the norm's input reads its result too (a tied head), give the readers a
+            copy, if that is what it takes.
+        sink_factor: note channels that stand out this many times from the median channel once their gain is folded.
     """
 
     bias: bool = True
+    untie: bool = False
+    sink_factor: float = 8.0
 
     name = "fold-norm-gain"
     exactness = Exactness.EXACT
@@ -45,36 +55,84 @@ class FoldNormGain(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
-        if self.bias:
-            _fold(graph, context, report, Act.SHIFT, port=2)
-        _fold(graph, context, report, Act.SCALE, port=1)
+        acts = [(Act.SHIFT, 2)] * self.bias + [(Act.SCALE, 1)]
+        for act, port in acts:
+            if self.untie:
+                report.notes += _untie(graph, act, port)
+            self._fold(graph, context, report, act, port)
         return report
 
+    def _fold(self, graph: Graph, context: Context, report: PassReport, act: Act, port: int) -> None:
+        """Fold operand `port` of every norm. The spaces of an act share no constant's axis: one analysis serves."""
+        norms = _norms(graph, port)
+        if not norms:
+            return
+        spaces = _by_norm(analyse(graph).of(act), port)
+        what = "gain" if port == 1 else "bias"
+        done: set[int] = set()
+        with Rewriter(graph) as rewriter:
+            for norm in norms:
+                found = spaces.get(norm, [])
+                if any(id(part.space) in done for part in found):
+                    continue  # a tied norm: its constant went with the first
+                try:
+                    transforms = _transforms(norm, port, found)
+                    sinks = _sinks(norm, context, self.sink_factor) if port == 1 else []
+                    for part, transform in zip(found, transforms, strict=True):
+                        absorb(rewriter, part.space, transform)
+                        context.transformed(rewriter, part.space, transform)
+                        done.add(id(part.space))
+                    _settle(rewriter, norm, port)
+                except Declined as refusal:
+                    report.decline(f"{what}: {refusal.reason}", refusal.node if refusal.node is not None else norm)
+                    continue
+                report.applied.append(f"{what} of {place(norm)}")
+                if sinks:
+                    report.notes.append(warning(place(norm), sinks))
+                    report.figures[norm.result.name] = {"sinks": [asdict(sink) for sink in sinks]}
 
-def _fold(graph: Graph, context: Context, report: PassReport, act: Act, port: int) -> None:
-    """Fold operand `port` of every norm. The spaces of one act share no constant's axis, so one analysis serves."""
-    norms = [n for n in graph.nodes if n.op.name in NORMS and _pending(n, port)]
-    if not norms:
-        return
-    spaces = _by_norm(analyse(graph).of(act), port)
-    what = "gain" if port == 1 else "bias"
-    done: set[int] = set()
-    with Rewriter(graph) as rewriter:
-        for norm in norms:
-            found = spaces.get(norm, [])
-            if any(id(part.space) in done for part in found):
-                continue  # a tied norm: its constant went with the first
-            try:
-                transforms = _transforms(norm, port, found)
-                for part, transform in zip(found, transforms, strict=True):
-                    absorb(rewriter, part.space, transform)
-                    context.transformed(rewriter, part.space, transform)
-                    done.add(id(part.space))
-                _settle(rewriter, norm, port)
-            except Declined as refusal:
-                report.decline(f"{what}: {refusal.reason}", refusal.node if refusal.node is not None else norm)
-                continue
-            report.applied.append(f"{what} of {place(norm)}")
+
+def _norms(graph: Graph, port: int) -> list[Node]:
+    return [n for n in graph.nodes if n.op.name in NORMS and _pending(n, port)]
+
+
+def _untie(graph: Graph, act: Act, port: int) -> list[str]:
+    """Untie what keeps a norm from being folded, if untying it helps: tried on a copy of the graph."""
+    pairs: dict[str, list[Tie]] = {}
+    for norm, parts in _by_norm(analyse(graph).of(act), port).items():
+        ties = [tie for part in parts if part.space.blockers for tie in tied(part.space)]
+        if ties and _pending(norm, port):
+            pairs[norm.result.name] = list(dict.fromkeys(ties))
+    if not pairs:
+        return []
+    trial = graph.clone()
+    untie(trial, dict.fromkeys(tie for ties in pairs.values() for tie in ties))
+    found = _by_norm(analyse(trial).of(act), port)
+    helped: dict[Tie, None] = {}
+    for name, ties in pairs.items():
+        there = trial.values[name].producer
+        assert there is not None
+        with suppress(Declined):
+            _transforms(there, port, found.get(there, []))
+            helped.update(dict.fromkeys(ties))
+    return untie(graph, helped)
+
+
+def _sinks(norm: Node, context: Context, factor: float) -> list[Sink]:
+    """The channels of a norm that its gain hides."""
+    gain = norm.operand(1)
+    assert gain is not None
+    assert gain.constant is not None
+    data = gain.constant.wide().reshape(-1) + (1.0 - _neutral(norm, 1))
+    largest, name = None, norm.result.name
+    if context.stats is not None and name in context.stats and len(context.stats.of(name).minimum) == len(data):
+        bias = norm.operand(2)
+        record = context.stats.of(name)
+        largest = record.largest
+        if bias is not None and bias.is_constant and bias.constant is not None:
+            offset = np.broadcast_to(bias.constant.wide().reshape(-1), data.shape)
+            largest = np.maximum(np.abs(record.minimum - offset), np.abs(record.maximum - offset))
+    return residual_sinks(data, largest, factor)
 
 
 def _neutral(norm: Node, port: int) -> float:
@@ -134,9 +192,10 @@ def _transforms(norm: Node, port: int, parts: list[_Part]) -> list[Scale | Shift
     for part in parts:
         space, atoms = part.space, part.atoms
         if space.blockers:
-            tied = _tied(norm, space)
-            if tied is not None:
-                raise Declined(f"the tied %{tied.name} gives the norm's input the transform of its result", norm)
+            ties = tied(space) if any(member.value is norm.operands[0] for member in space.activations) else []
+            if ties:
+                name = f"the tied %{ties[0].name}"
+                raise Declined(f"{name} gives the norm's input the transform of its result: untie=true copies it", norm)
             blocker = space.blockers[0]
             raise Declined(blocker.reason, blocker.node if blocker.node is not None else blocker.value)
         mine = atoms >= 0
@@ -154,17 +213,6 @@ def _transforms(norm: Node, port: int, parts: list[_Part]) -> list[Scale | Shift
     if not covered.all():
         raise Declined("it lies in no channel space with static channels", norm)
     return made
-
-
-def _tied(norm: Node, space: Space) -> Value | None:
-    """The weight with several readers that draws the norm's input into the space of its result, if one does."""
-    if not any(member.value is norm.operands[0] for member in space.activations):
-        return None
-    for member in space.constants:
-        value = member.value
-        if value is not None and len({reader for reader in value.users if reader.op.name not in NORMS}) > 1:
-            return value
-    return None
 
 
 def _settle(rewriter: Rewriter, norm: Node, port: int) -> None:
