@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from channel_blocks import BLOCKS as CHANNELS
+from channel_blocks import calibration
 from encoder_blocks import BLOCKS, linear, norm, outliers, pre_norm, record, statistics
 from helpers import check_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from patterns import TOLERANCE, Build, counts, golden
 
+from planish.calibrate.collect import collect
 from planish.ir import absorb
 from planish.ir.errors import PlanishError, ValidationError
 from planish.ir.graph import Graph
+from planish.ir.ops.base import Act
+from planish.ir.spaces import analyse
 from planish.ir.stats import Stats
 from planish.ir.transform import Scale
 from planish.passes.base import PassReport
+from planish.passes.channels import key_side
 from planish.passes.manager import Pipeline
-from planish.passes.scale_channels import (
-    ScaleChannels,
-    percentile_scale,
-    smoothquant_scale,
-    threshold_scale,
-)
+from planish.passes.scale_channels import ScaleChannels
+from planish.passes.scales import balance_scale, percentile_scale, smoothquant_scale, threshold_scale
 from planish.passes.shift_channels import choose_shift
+from planish.passes.sites import dual_site_of, grouped_matrix
 
 METHODS = ("search", "smoothquant", "os-plus", "percentile", "outliertune")
 
@@ -187,7 +190,10 @@ def test_what_is_read_has_the_promised_range(method: str) -> None:
         elif method == "percentile":
             assert np.allclose(largest.max(), np.sort(stats.of(name).largest)[-1], rtol=1e-3)
         else:
-            (weight, *others) = [n.operands[1] for n in after.values[name].users if n.op.name == "linear"]
+            weights = [n.operands[1] for n in after.values[name].users if n.op.name == "linear"]
+            if not weights:  # queries
+                continue
+            (weight, *others) = weights
             if not others:  # the rows of v.weight have taken up the scale of another site since
                 assert np.allclose(largest, np.abs(weight.constant.wide()).max(0), rtol=1e-3)
 
@@ -299,7 +305,7 @@ def test_needs_statistics_and_a_known_method() -> None:
         Pipeline("scale-channels{method=smoothquand}")
     assert str(caught.value) == (
         "pass 'scale-channels': option 'method': expected one of search, smoothquant, os-plus, percentile, "
-        "outliertune; got 'smoothquand'\n  hint: did you mean 'smoothquant'?"
+        "outliertune, balance; got 'smoothquand'\n  hint: did you mean 'smoothquant'?"
     )
     assert ScaleChannels.breaks == {"norm-gain-free"}
 
@@ -347,3 +353,152 @@ def test_the_validator_rejects_a_wrong_scale(monkeypatch: pytest.MonkeyPatch, wr
     assert caught.value.what.startswith("pass 'scale-channels': changed the function: relative error ")
     assert caught.value.where is not None and "the first value that differs is %" in caught.value.where
     Pipeline("scale-channels{method=smoothquant}").run(graph, stats=stats, validate=False)
+
+
+# -- balance: no statistics --------------------------------------------------------------------------
+
+
+@given(seeds)
+def test_balance_makes_both_sides_equal(seed: int) -> None:
+    written, read = ranges(seed)
+    s = balance_scale(written, read)
+    assert np.allclose(written / s, read * s, rtol=1e-12)
+
+
+def test_balance_of_nothing() -> None:
+    """A channel that nothing writes or reads stays, and no factor is out of bounds."""
+    assert balance_scale(np.array([0.0, 1.0, 4.0]), np.array([1.0, 0.0, 1.0])).tolist() == [1.0, 1.0, 2.0]
+    assert balance_scale(np.array([1e30]), np.array([1e-30])).tolist() == [1e4]
+
+
+BALANCE = "scale-channels{method=balance}"
+
+
+def balanced(graph: Graph, pipeline: str = BALANCE) -> tuple[Graph, PassReport]:
+    after, report = Pipeline(pipeline).run(graph)
+    assert report.validated
+    check_text(after)
+    return after, report.passes[-1]
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_balance_is_exact(kind: str) -> None:
+    graph = CHANNELS[kind]()
+    after, report = balanced(graph)
+    assert report.error is not None
+    assert report.error <= TOLERANCE
+    assert counts(after) == counts(graph)
+    assert len(report.applied) == len(report.figures) > 0
+    for figures in report.figures.values():
+        assert figures["after"] < 1.05
+        assert figures["before"] >= figures["after"]
+
+
+@settings(max_examples=10)
+@given(seeds, st.sampled_from(sorted(CHANNELS)), st.sampled_from(["balance", "smoothquant", "search"]))
+def test_exact_on_every_kind_of_space(seed: int, kind: str, method: str) -> None:
+    graph = CHANNELS[kind](seed)
+    stats = collect(graph, calibration(graph, seed))
+    _, report = run(graph, stats, f"scale-channels{{method={method}}}")
+    assert report.error is None or report.error <= TOLERANCE
+
+
+def places(kind: str) -> dict[str, tuple[str, int]]:
+    _, report = balanced(CHANNELS[kind]())
+    return {name: (f["kind"], f["channels"]) for name, f in report.figures.items()}
+
+
+def test_balance_reaches_every_site() -> None:
+    """Dual queries and keys with pairs tied, values, up and down, norms; convolutions; a scan's step and states."""
+    assert places("rotary") == {
+        "rms_norm": ("hidden", 8),
+        "linear_1": ("key", 8),  # 2 key heads of 4 pairs
+        "linear_6": ("value", 16),
+        "rms_norm_14": ("hidden", 8),
+        "linear_16": ("hidden", 12),
+        "rms_norm_19": ("hidden", 8),
+    }
+    assert places("fused") == {"layer_norm": ("hidden", 8), "transpose": ("key", 8), "transpose_7": ("value", 8)}
+    assert places("convolutions") == {"conv": ("hidden", 4), "conv_1": ("hidden", 12)}
+    assert places("scan") == {
+        "rms_norm": ("hidden", 8),
+        "linear_1": ("hidden", 12),  # in projection and convolution
+        "dt": ("hidden", 3),
+        "transpose_6": ("hidden", 4),  # B and C
+    }
+
+
+def test_balance_ties_rotary_pairs() -> None:
+    """One factor for rows j and j + d/2 of both sides."""
+    before = CHANNELS["rotary"]()
+    after, _ = balanced(before)
+    columns = after.values["layers.0.norm1.gain"].constant.wide() / before.values["layers.0.norm1.gain"].constant.wide()
+    for name in ("q", "k"):
+        then, now = (g.values[f"layers.0.{name}.weight"].constant.wide() for g in (before, after))
+        factors = (now * columns / then)[:, 0].reshape(-1, 2, 4)
+        assert np.allclose(factors[:, 0], factors[:, 1], rtol=1e-9)
+        assert not np.allclose(factors, 1.0)
+
+
+def test_what_balance_leaves_alone() -> None:
+    _, report = balanced(CHANNELS["scan"]())
+    assert "silu %silu" in report.declined["its result is not proportional to its operand"]
+    assert report.declined["graph output"] == ["linear_12"]
+    assert report.notes == ["1 gains of norms took scales up (first: %rms_norm)"]
+
+
+def test_one_side_only() -> None:
+    """Nothing that is constant reads the space: the other side is the graph's own."""
+    b = Build()
+    x = b("linear", b.input("x", "f32[n, 4]"), np.zeros((4, 4), "f4"))
+    _, report = balanced(b.output(b("linear", x, b.random(4, 4))))
+    assert report.declined["constants stand on one side of it only"] == ["linear %linear"]
+
+
+def test_a_second_balance_changes_nothing() -> None:
+    once, _ = balanced(CHANNELS["rotary"]())
+    twice, report = balanced(once)
+    assert twice == once
+    assert report.applied == []
+    assert len(report.declined["its weights are balanced already"]) == 6
+
+
+def test_grouped_kernels_as_matrices() -> None:
+    """A grouped convolution on one pixel is a product with the matrix."""
+    graph = CHANNELS["convolutions"]()
+    node = next(n for n in graph.nodes if n.attributes.get("groups", 1) == 12)
+    matrix = grouped_matrix(node).reshape(12, 9, 12)
+    kernel = node.operands[1].constant.wide()
+    for channel in range(12):
+        assert np.array_equal(matrix[channel, :, channel], kernel[channel, 0].reshape(-1))
+    assert np.count_nonzero(matrix) == kernel.size
+
+
+def test_depthwise_convolutions_are_sites() -> None:
+    graph = CHANNELS["convolutions"]()
+    stats = collect(graph, calibration(graph))
+    _, report = run(graph, stats, "scale-channels{method=smoothquant}")
+    assert set(report.figures) == {"relu", "relu_2"}
+    again = collect(run(graph, stats, "scale-channels{method=smoothquant}")[0], calibration(graph))
+    assert not np.allclose(again.of("relu_2").largest, stats.of("relu_2").largest)
+
+
+@pytest.mark.parametrize("kind", ["rotary", "norms on heads", "fused"])
+def test_queries_against_keys(kind: str) -> None:
+    """smoothquant at 1/2 on a dual site: both sides have the same calibrated ranges afterwards."""
+    graph = CHANNELS[kind]()
+    stats = collect(graph, calibration(graph))
+    after, _ = run(graph, stats, "scale-channels{method=smoothquant}")
+    again = collect(after, calibration(graph))
+    (space,) = [s for s in analyse(after).admitted(Act.SCALE) if key_side(s) is not None]
+    site = dual_site_of(space, again)
+    assert site is not None
+    assert site.partner is not None
+    assert np.allclose(np.abs(site.samples).max(0), np.abs(site.partner).max(0), rtol=1e-2)
+
+
+def test_methods_of_one_side_leave_keys_alone() -> None:
+    graph = CHANNELS["rotary"]()
+    stats = collect(graph, calibration(graph))
+    for method in ("percentile", "outliertune"):
+        assert "linear_1" not in run(graph, stats, f"scale-channels{{method={method}}}")[1].figures

@@ -29,6 +29,7 @@ from planish.ir.stats import Stats
 from planish.ir.types import TensorType
 from planish.passes.base import Exactness, Pass
 from planish.passes.manager import Instrument, Pipeline, Report
+from planish.report.freedoms import FreedomInstrument, freedoms
 
 if TYPE_CHECKING:
     import numpy as np
@@ -219,13 +220,20 @@ def run_pipeline(
     Raises:
         PlanishError: as `Pipeline.run` and `collect`.
     """
-    instruments = list(instruments)
+    before_rounding = FreedomInstrument()
+    instruments = [*instruments, before_rounding]
+
+    def looked_at(result: Graph, report: Report) -> Report:
+        left = freedoms(before_rounding.graph or result, report.used, progress=progress)
+        report.freedoms = [found.as_dict() for found in left]
+        return report
+
     if calibration is None or isinstance(calibration, Stats):
         stats = calibration
         result, report = pipeline.run(
             graph, stats=stats, validate=validate, seed=seed, instruments=instruments, progress=progress
         )
-        return result, report, stats
+        return result, looked_at(result, report), stats
     options = calibration
     if not isinstance(options, CalibrationOptions):
         options = CalibrationOptions(options)
@@ -252,7 +260,7 @@ def run_pipeline(
         progress=progress,
     )
     if head == len(pipeline.passes):
-        return raised, opening, stats
+        return raised, looked_at(raised, opening), stats
     result, report = _Rest(pipeline.passes, head).run(
         raised,
         stats=stats,
@@ -263,7 +271,9 @@ def run_pipeline(
         progress=progress,
     )
     report.passes[:0] = opening.passes
-    return result, report, stats
+    for act, axes in opening.used.items():
+        report.used.setdefault(act, set()).update(axes)
+    return result, looked_at(result, report), stats
 
 
 class _Rest(Pipeline):
@@ -356,7 +366,7 @@ def check_output(path: str | Path) -> None:
 
 def model_size(model: Any, graph: Graph) -> int | None:
     """Bytes of a model's file and of the external data that its graph reads."""
-    if not isinstance(model, str | Path):
+    if not isinstance(model, str | Path) or not Path(model).is_file():
         return None
     path = Path(model)
     files = {c.file.path for v in graph.constants if (c := v.constant) is not None and c.file is not None}

@@ -15,7 +15,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 from planish.ir.graph import Graph, Node, Value
-from planish.ir.ops.base import Act
+from planish.ir.ops.base import Act, Axes
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Blocker, Member, Space
 from planish.ir.stats import Stats
@@ -107,11 +107,13 @@ class Context:
         stats: calibration statistics; passes that transform values keep them true.
         seed: for every random choice.
         progress: `progress(iterable, label, total)` wraps a long loop in a progress bar.
+        used: for each act the axes of values that were transformed, by the value's name.
     """
 
     stats: Stats | None = None
     seed: int = 0
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
+    used: dict[Act, set[tuple[str, Axes]]] = field(default_factory=dict)
 
     def guarded(self, graph: Graph, space: Space) -> Space:
         """The space as a diagonal transform may use it: without the gains of norms that read a rotated stream.
@@ -136,7 +138,8 @@ class Context:
 
     def transformed(self, rewriter: Rewriter, space: Space, transform: Transform) -> None:
         """Tell the statistics that a space was transformed by that rewriter, and the graph which norms it rotated."""
-        if isinstance(transform, Mix):
+        self.used.setdefault(transform.act, set()).update(space.key())
+        if isinstance(transform, Mix) and transform.orthogonal:
             streams = {m.value for m in space.activations}
             norms = [n.result.name for n in rewriter.graph.nodes if n.op.name in NORMS and n.operands[0] in streams]
             if norms:

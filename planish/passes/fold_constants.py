@@ -8,8 +8,9 @@
 
 Exact over the reals. A result is rounded to its dtype once, when the model is written. Random ops, ops with
 side effects and opaque ops never fold; a transpose of a weight that only products read stays for
-`raise-linear`, which takes it up without moving data. The guard around a softmax is no identity: a row of
-scores that are all -inf gives 0 with it and NaN without. Only a graph whose masks are finite may drop it.
+`raise-linear`, which takes it up without moving data, and 1 + w that scales a norm for `raise-norms`. The
+guard around a softmax is no identity: a row of scores that are all -inf gives 0 with it and NaN without.
+Only a graph whose masks are finite may drop it.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class FoldConstants(RewritePass):
         types = [v.dtype for v in (*node.operands, *node.results) if v is not None]
         if any(t is None or t == "str" or (is_float(t) and t not in WIDE_FLOATS) for t in types):
             return None
-        if _for_linear(node):
+        if _for_linear(node) or _for_norm(node):
             return None
         grown = sum(_size(r) or 0 for r in node.results) - sum(
             v.constant.nbytes for v in set(node.operands) if v is not None and v.constant and len(v.users) == 1
@@ -152,8 +153,18 @@ def _for_linear(node: Node) -> bool:
         return False
     readers = node.result.users
     return bool(readers) and all(
-        r.op.name in ("matmul", "gemm") and r.operand(1) is node.result and r.operand(0) is not node.result
+        r.op.name in ("matmul", "gemm", "linear") and r.operand(1) is node.result and r.operand(0) is not node.result
         for r in readers
+    )
+
+
+def _for_norm(node: Node) -> bool:
+    """True for 1 + w where only products with what may be a norm read it: `raise-norms` takes up w itself."""
+    if node.op.name != "add" or is_output(node.result) or not any(scalar(v) == 1.0 for v in node.operands):
+        return False
+    readers = node.result.users
+    return bool(readers) and all(
+        r.op.name == "mul" and any(is_op(v, "mul", "div", "rms_norm", "cast") for v in r.operands) for r in readers
     )
 
 

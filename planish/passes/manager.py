@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
+from planish.ir.ops.base import Act, Axes
 from planish.ir.stats import Stats
 from planish.ir.text import print_graph
 from planish.ir.verifier import verify
@@ -36,12 +37,16 @@ class Report:
         seed: the seed of every random choice and probe.
         validated: the number of inputs on which exact passes were compared; 0: not validated.
         unchecked: why validation was not possible, if it was asked for and was not.
+        used: for each act the axes of values that a pass transformed (`Context.used`).
+        freedoms: what no pass used, as plain data, if somebody looked (`planish.report.freedoms`).
     """
 
     passes: list[PassReport] = field(default_factory=list)
     seed: int = 0
     validated: int = 0
     unchecked: str = ""
+    used: dict[Act, set[tuple[str, Axes]]] = field(default_factory=dict, repr=False)
+    freedoms: list[dict[str, Any]] = field(default_factory=list)
 
     def __getitem__(self, name: str) -> PassReport:
         """The report of the first pass of that name."""
@@ -56,6 +61,7 @@ class Report:
             "seed": self.seed,
             "validated": self.validated,
             "unchecked": self.unchecked,
+            "freedoms": self.freedoms,
         }
 
 
@@ -164,7 +170,7 @@ class Pipeline:
                 )
         instruments = list(instruments)
         report = Report(seed=seed)
-        context = Context(stats.copy() if stats is not None else None, seed, progress)
+        context = Context(stats.copy() if stats is not None else None, seed, progress, report.used)
         probe = Probe()
         if validate and any(p.exactness in (Exactness.EXACT, Exactness.IDENTITY) for p in self.passes):
             probe = make_probe(graph, seed, samples)

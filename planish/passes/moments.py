@@ -75,7 +75,9 @@ def under_root(node: Node) -> tuple[Value, Value] | None:
             continue
         operand, divisor = inverse.operand(0), inverse.operand(1)
         under = None
-        if inverse.op.name == "reciprocal" and operand is not None:
+        if inverse.op.name == "rsqrt":
+            under = operand
+        elif inverse.op.name == "reciprocal" and operand is not None:
             under = _root(operand)
         elif inverse.op.name == "div" and scalar(operand) == 1.0 and divisor is not None:
             under = _root(divisor)
@@ -115,3 +117,18 @@ def difference_of_moments(difference: Node) -> tuple[Value, Axes] | None:
     if first is None or second is None or base is not second[0] or first[1] != second[1]:
         return None
     return second
+
+
+def variance_of(value: Value) -> tuple[Value, Axes] | None:
+    """(x, axes) of torch's variance over axes that it keeps, divided by their count (not by one less)."""
+    node = origin(value).producer
+    if node is None or node.op.name not in ("torch::aten.var.dim", "torch::aten.var.correction"):
+        return None
+    x, axes = node.operand(0), node.attributes.get("dim")
+    biased = node.attributes.get("unbiased") is False or node.attributes.get("correction") in (0, 0.0)
+    if x is None or x.rank is None or not isinstance(axes, list | tuple) or len(node.operands) != 1:
+        return None
+    if not biased or not node.attributes.get("keepdim"):
+        return None
+    rank = x.rank
+    return origin(x), tuple(sorted(a % rank for a in axes if isinstance(a, int)))

@@ -27,11 +27,21 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "raise-activations": ("planish.passes.raise_activations", "RaiseActivations"),
     "raise-norms": ("planish.passes.raise_norms", "RaiseNorms"),
     "raise-linear": ("planish.passes.raise_linear", "RaiseLinear"),
+    "raise-rope": ("planish.passes.raise_rope", "RaiseRope"),
     "raise-attention": ("planish.passes.raise_attention", "RaiseAttention"),
+    "raise-selective-scan": ("planish.passes.raise_selective_scan", "RaiseSelectiveScan"),
     "fold-batch-norm": ("planish.passes.fold_batch_norm", "FoldBatchNorm"),
     "fold-norm-gain": ("planish.passes.fold_norm_gain", "FoldNormGain"),
+    "center-layer-norm": ("planish.passes.center_layer_norm", "CenterLayerNorm"),
     "merge-linears": ("planish.passes.merge_linears", "MergeLinears"),
+    "rotate-channels": ("planish.passes.rotate_channels", "RotateChannels"),
+    "transform-channels": ("planish.passes.transform_channels", "TransformChannels"),
+    "insert-hadamard": ("planish.passes.insert_hadamard", "InsertHadamard"),
+    "merge-hadamards": ("planish.passes.merge_hadamards", "MergeHadamards"),
     "shift-channels": ("planish.passes.shift_channels", "ShiftChannels"),
+    "permute-channels": ("planish.passes.permute_channels", "PermuteChannels"),
+    "reparameterize-norm": ("planish.passes.reparameterize_norm", "ReparameterizeNorm"),
+    "fold-gates": ("planish.passes.fold_gates", "FoldGates"),
     "scale-channels": ("planish.passes.scale_channels", "ScaleChannels"),
     "isolate-outliers": ("planish.passes.isolate_outliers", "IsolateOutliers"),
     "quantize": ("planish.passes.quantize", "Quantize"),
@@ -39,7 +49,8 @@ REGISTRY: dict[str, tuple[str, str]] = {
 }
 # a name that stands for several passes
 GROUPS: dict[str, str] = {
-    "raise": "fold-constants,name-constants,raise-activations,raise-norms,raise-linear,raise-attention",
+    "raise": "fold-constants,name-constants,raise-activations,raise-norms,raise-linear,raise-rope,raise-attention,"
+    "raise-selective-scan",
 }
 
 

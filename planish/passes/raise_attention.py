@@ -1,10 +1,15 @@
 """Raise attention that is written as two products around a softmax.
 
-    softmax(s q k^T + mask) v  =  attention(q, k, v, mask; scale = s)      q [B, H, T, d], k, v [B, H, S, .]
+    softmax(m + c tanh(s q k^T / c)) v  =  attention(q, k, v, m; scale = s, softcap = c)
+    softmax(concat(scores, sink))[.., :-1] v  =  attention(.., sinks)          q [B, H, T, d], k, v [B, Hk, S, .]
 
-The scale may multiply or divide q, k or the scores, in parts too; masks are added, or chosen by `where`
-with -inf. k may be transposed from [B, H, S, d], from [B, S, H, d], or between two reshapes, as torch's
-exporter writes it. Casts to a wider float around the softmax are looked through. Exact over the reals.
+The scale may multiply or divide q, k, the scores or the masked scores, in parts too; a factor for each head or
+row goes to q. Masks are added, or chosen by `where` with -inf, or with the lowest float, in which a score is lost
+as it is when both are added. k may be transposed from [B, H, S, d], from [B, S, H, d], or between two reshapes.
+Products over three axes, or over five and more, are lifted. Casts to a wider float around the softmax are looked
+through. Exact over the reals.
+
+    attention(q, repeat(k), repeat(v))  =  attention(q, k, v)                  each key head Hk repeated H / Hk times
 
 A guard `where(is_nan(p), 0, p)` behind the softmax (torch's scaled_dot_product_attention) is kept as
 `safe`: a row whose scores are all -inf gives 0, where a softmax alone gives NaN. `nan_guards` drops
@@ -13,119 +18,19 @@ it: that is right only where every row has a finite score (a finite mask, or non
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import numpy as np
 
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.types import Dim
 from planish.passes.base import Context, Exactness
-from planish.passes.match import (
-    PatternPass,
-    Rule,
-    Site,
-    Trail,
-    attribute,
-    both,
-    factor_of,
-    is_op,
-    nan_guarded,
-    only_reader,
-    origin,
-    same,
-    scalar,
-    widens,
-)
+from planish.passes.heads import Lead, as_before, lead_of, lifted, per_head, repeated
+from planish.passes.masks import one_mask
+from planish.passes.match import PatternPass, Rule, Site, Trail, attribute, is_op, only_reader
+from planish.passes.scores import Ahead, Scores, ahead_of, scores_behind, unscaled, widened_by
 
-SWAP = (0, 1, 3, 2)
 STEPS = 6
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """What stands between the product of q and k and the softmax; masks from the product on."""
-
-    product: Node
-    scale: float = 1.0
-    masks: tuple[tuple[str, Value], ...] = ()  # ("add" | "keep" | "drop", mask)
-
-
-def _forward(node: Node, trail: Trail) -> tuple[Node, Value, bool] | None:
-    """(the product with v, v, guarded) behind a softmax."""
-    value, guarded = node.result, False
-    for _ in range(4):
-        reader = only_reader(value)
-        readers = list(dict.fromkeys(value.users))
-        if reader is None and len(readers) == 2:
-            for chosen in readers:
-                if nan_guarded(chosen.result) is value:
-                    reader, guarded = chosen, True
-        if reader is None:
-            trail.miss(1, "the softmax is read by several nodes, or is an output", node)
-            return None
-        if reader.op.name == "matmul":
-            p, v = reader.operand(0), reader.operand(1)
-            if p is not value or v is None:
-                trail.miss(1, "the softmax is not the first factor", reader)
-                return None
-            return reader, v, guarded
-        if not (same(reader.result, value) or nan_guarded(reader.result) is value):
-            break
-        value = reader.result
-    trail.miss(1, "expected a product with the values", value)
-    return None
-
-
-def _backward(value: Value, trail: Trail, depth: int = 8) -> _Scores | None:
-    """Walk from the softmax to the product of q and k."""
-    value = origin(value)
-    if (node := value.producer) is None or depth == 0:
-        return None
-    if node.op.name == "matmul" and value.rank == 4:
-        return _Scores(node)
-    for inner, step in _unmasked(node, trail):
-        below = _backward(inner, trail, depth - 1)
-        if below is None:
-            continue
-        if not isinstance(step, float):
-            return replace(below, masks=(*below.masks, step))
-        if not below.masks:
-            return replace(below, scale=below.scale * step)
-        trail.miss(3, "the scale stands behind the mask", node)
-    trail.miss(2, "expected a scale, a mask or the product of queries and keys", node)
-    return None
-
-
-def _unmasked(node: Node, trail: Trail) -> Iterator[tuple[Value, Any]]:
-    """The operand that may be scores, and the factor or mask that the node puts on them."""
-    factor = factor_of(node)
-    if factor is not None:
-        yield factor
-    elif node.op.name == "add":
-        for scores, mask in both(node):
-            yield scores, ("add", mask)
-    elif node.op.name == "where":
-        condition, one, two = node.operands
-        for inner, fill, kind in ((one, two, "keep"), (two, one, "drop")):
-            number = scalar(fill)
-            if inner is not None and number == -np.inf:
-                yield inner, (kind, condition)
-            elif number is not None:
-                trail.miss(3, f"masked scores become {number:g}; expected -inf", node)
-
-
-def _unscaled(value: Value, reader: Node) -> tuple[Value, float]:
-    """(x, s) of a value s x that only `reader` reads."""
-    total = 1.0
-    while (node := value.producer) is not None and only_reader(value) is reader:
-        found = factor_of(node)
-        if found is None:
-            break
-        value, reader, total = found[0], node, total * found[1]
-    return value, total
 
 
 def _untransposed(value: Value, reader: Node) -> tuple[Value, tuple[int, ...], Node]:
@@ -133,10 +38,17 @@ def _untransposed(value: Value, reader: Node) -> tuple[Value, tuple[int, ...], N
     node = value.producer
     if node is not None and node.op.name == "transpose":
         perm, inner = tuple(attribute(node, "perm")), node.operand(0)
-        if inner is not None and len(perm) == 4:
-            return inner, tuple(perm[a] for a in SWAP), node
+        if inner is not None and (len(perm) == 4 or _swapped(len(perm)) == perm):
+            return inner, tuple(perm[a] for a in _swapped(len(perm))), node
     found = _between_reshapes(value)
-    return (found[0], (0, 1, 2, 3), found[1]) if found is not None else (value, SWAP, reader)
+    if found is not None:
+        return found[0], (0, 1, 2, 3), found[1]
+    return value, _swapped(value.rank or 4), reader
+
+
+def _swapped(rank: int) -> tuple[int, ...]:
+    """The permutation that exchanges the last two axes."""
+    return (*range(rank - 2), rank - 1, rank - 2)
 
 
 def _between_reshapes(value: Value) -> tuple[Value, Node] | None:
@@ -166,70 +78,133 @@ def _match(node: Node, trail: Trail) -> Site | None:
     rank, operand = node.result.rank, node.operand(0)
     if operand is None or rank is None or attribute(node, "axis") not in (-1, rank - 1):
         return None
-    ahead = _forward(node, trail)
+    ahead = ahead_of(node, trail)
     if ahead is None:
         return None
-    if rank != 4:
-        return trail.miss(2, f"the scores have {rank} axes; expected 4", node)
-    scores = _backward(operand, trail)
+    if rank < 3:
+        return trail.miss(2, f"the scores have {rank} axes; expected 3 or more", node)
+    scores = scores_behind(operand, trail)
     if scores is None:
         return None
-    root, v, guarded = ahead
+    if (scores.sinks is not None) != ahead.dropped:
+        return trail.miss(4, "a column is set beside the scores or dropped behind them, but not both", node)
+    if scores.lead is None and rank >= 4:
+        scores = replace(scores, lead=node.result)
     q, kt = scores.product.operands[:2]
-    if q is None or kt is None or {q.rank, kt.rank, v.rank} != {4}:
-        return trail.miss(4, "q, k and v have not four axes each", scores.product)
-    if any(q.shape[a] != w.shape[a] and 1 in (q.shape[a], w.shape[a]) for w in (kt, v) for a in (0, 1)):  # type: ignore[index]
+    v = ahead.values
+    if q is None or kt is None or {q.rank, kt.rank} != {scores.product.result.rank} or (v.rank or 0) < 3:
+        return trail.miss(4, "q, k and v have not as many axes as the scores", scores.product)
+    if _broadcast(q, kt, v, scores, ahead):
         return trail.miss(4, "q, k and v are broadcast against each other", scores.product)
-    if any(widens(mask, scores.product.result) for _, mask in scores.masks):
+    if widened_by(scores):
         return trail.miss(5, "the scores are broadcast against the mask", scores.product)
-    parts = {"scores": scores, "q": q, "kt": kt, "v": v, "safe": guarded}
-    return Site(root, (q, kt, v, *(m for _, m in scores.masks)), parts)
+    masks = [mask.value for mask in scores.masks if mask.kind != "floor"]
+    return Site(
+        ahead.product,
+        (q, kt, v, *masks, scores.sinks, *scores.rows),
+        {"scores": scores, "ahead": ahead, "q": q, "kt": kt},
+    )
 
 
-def _mask(rewriter: Rewriter, masks: Sequence[tuple[str, Value]], dtype: str, root: Node) -> Value | None:
-    """One mask of several: sums of those that are added, conjunctions of those that choose."""
-
-    def insert(op: str, *operands: Value) -> Value:
-        return rewriter.insert(op, operands, before=root).result
-
-    term = keep = None
-    for kind, mask in masks:
-        if kind == "add":
-            mask = rewriter.insert("cast", [mask], {"to": dtype}, before=root).result if mask.dtype != dtype else mask
-            term = mask if term is None else insert("add", term, mask)
-        else:
-            mask = insert("logical_not", mask) if kind == "drop" else mask
-            keep = mask if keep is None else insert("logical_and", keep, mask)
-    if term is None or keep is None:
-        return term or keep
-    return insert("where", keep, term, rewriter.constant(Constant(np.array(-np.inf), dtype, ()), "never"))
+def _broadcast(q: Value, kt: Value, v: Value, scores: Scores, ahead: Ahead) -> bool:
+    """True if the products are broadcast in another way than query heads that share one key head."""
+    one, weights = kt.shape, ahead.product.operand(0)
+    if q.shape is None or one is None or v.shape is None or weights is None or weights.shape is None:
+        return True
+    shared = len(one) == len(v.shape) == 4 and one[1] == v.shape[1] == 1  # the row groups heads itself
+    pairs = [(q.shape[:-2], one[:-2]), (weights.shape[:-2], v.shape[:-2])]
+    return any(
+        a != b and 1 in (a, b) and not (shared and axis == 1)
+        for first, second in pairs
+        for axis, (a, b) in enumerate(zip(first, second, strict=False))
+    )
 
 
 def _raise(site: Site, rewriter: Rewriter, drop_guards: bool) -> None:
-    parts, root = site.parts, site.root
-    scores: _Scores = parts["scores"]
+    scores: Scores = site.parts["scores"]
+    ahead: Ahead = site.parts["ahead"]
+    root, v = site.root, ahead.values
     site.check()
-    q, q_scale = _unscaled(parts["q"], scores.product)
-    kt, outer = _unscaled(parts["kt"], scores.product)
+    q, q_scale = unscaled(site.parts["q"], scores.product)
+    kt, outer = unscaled(site.parts["kt"], scores.product)
     inner, perm, reader = _untransposed(kt, scores.product)
-    source, k_scale = _unscaled(inner, reader)
-    if q.dtype != source.dtype or q.dtype != parts["v"].dtype or q.dtype is None:
+    source, k_scale = unscaled(inner, reader)
+    if q.dtype != source.dtype or q.dtype != v.dtype or q.dtype is None:
         raise Declined("q, k and v differ in dtype", root)
-    k = source
-    if perm != (0, 1, 2, 3):
-        k = rewriter.insert("transpose", [source], {"perm": perm}, before=root, source=root.source).result
-    mask = _mask(rewriter, scores.masks, q.dtype, root)
-    attributes: dict[str, Attribute] = {"scale": scores.scale * q_scale * outer * k_scale}
-    if parts["safe"] and not drop_guards:
+    lead = lead_of(scores.lead, q)
+    scale = scores.scale * q_scale * outer * k_scale
+    attributes: dict[str, Attribute] = {"scale": scale * (scores.cap or 1.0)}
+    if scores.cap is not None:
+        attributes["softcap"] = scores.cap
+    if ahead.guarded and not drop_guards:
         attributes["safe"] = True
-    operands = [q, k, parts["v"]] + ([mask] if mask is not None else [])
+    k = source
+    if perm != tuple(range(len(perm))):
+        k = rewriter.insert("transpose", [source], {"perm": perm}, before=root, source=root.source).result
+    mask = one_mask(rewriter, scores.masks, lead, q.dtype, root)
+    four = [lifted(rewriter, x, lead, root) for x in (q, k, v)]
+    for rows in scores.rows:
+        rows = rewriter.insert("cast", [rows], {"to": q.dtype}, before=root).result if rows.dtype != q.dtype else rows
+        four[0] = rewriter.insert("mul", [four[0], rows], before=root, source=root.source).result
+    operands: list[Value | None] = [*four, mask]
+    if scores.sinks is not None:
+        operands.append(_sinks(rewriter, scores.sinks, lead, q.dtype, root))
+    while operands[-1] is None:
+        operands.pop()
     made = rewriter.insert("attention", operands, attributes, before=root, source=root.source)
-    Site(root, (q, source, parts["v"], *(m for _, m in scores.masks))).supersede(rewriter, made.result)
+    masks = [m.value for m in scores.masks if m.kind != "floor"]
+    end = _end(root, lead, made.result.shape)
+    result = made.result if end.result.rank == 4 else as_before(rewriter, made.result, lead, end)
+    Site(end, (q, source, v, *masks, scores.sinks, *scores.rows)).supersede(rewriter, result)
+
+
+def _end(root: Node, lead: Lead, shape: tuple[Dim, ...] | None) -> Node:
+    """The product with the values, or the reshape behind it that gives [B, H, T, e] back."""
+    reader = only_reader(root.result)
+    if root.result.rank == 3 and reader is not None and reader.op.name == "reshape" and lead.heads is not None:
+        if reader.result.shape == shape and reader.operand(0) is root.result:
+            return reader
+    return root
+
+
+def _sinks(rewriter: Rewriter, column: Value, lead: Lead, dtype: str, root: Node) -> Value:
+    """The sinks as a vector [H]."""
+    found = per_head(column, lead.heads)
+    if found is None:
+        raise Declined("the sinks are not one number for each head", column)
+    value = rewriter.constant(found, f"{column.name}_sinks") if isinstance(found, Constant) else found
+    if value.dtype != dtype:
+        value = rewriter.insert("cast", [value], {"to": dtype}, before=root).result
+    return value
+
+
+def _match_repeated(node: Node, trail: Trail) -> Site | None:
+    k, v = node.operand(1), node.operand(2)
+    keys = repeated(k) if k is not None else None
+    values = repeated(v) if v is not None else None
+    if keys is None or values is None:
+        return None
+    if (keys.heads, keys.times) != (values.heads, values.times):
+        return trail.miss(2, "keys and values are not repeated alike", node)
+    return Site(node, (keys.source, values.source), {"keys": keys, "values": values})
+
+
+def _apply_repeated(site: Site, rewriter: Rewriter) -> None:
+    node = site.root
+    operands = list(node.operands)
+    for index, name in ((1, "keys"), (2, "values")):
+        found = site.parts[name]
+        value = found.source
+        for step in found.redo:
+            value = step(rewriter, node, value)
+        operands[index] = value
+    made = rewriter.insert(node.op, operands, node.attributes, before=node, source=node.source)
+    site.supersede(rewriter, made.result)
 
 
 @dataclass(frozen=True)
 class RaiseAttention(PatternPass):
-    """Attention from two products around a softmax.
+    """Attention from two products around a softmax, and its key heads before they are repeated.
 
     Args:
         nan_guards: drop the guard against rows that are masked throughout; not exact on such rows.
@@ -239,11 +214,14 @@ class RaiseAttention(PatternPass):
 
     name = "raise-attention"
     exactness = Exactness.EXACT
-    rules = (Rule("attention", frozenset({"softmax"}), STEPS, _match, lambda s, r: _raise(s, r, False)),)
+    rules = (
+        Rule("attention", frozenset({"softmax"}), STEPS, _match, lambda s, r: _raise(s, r, False)),
+        Rule("repeated heads", frozenset({"attention"}), 3, _match_repeated, _apply_repeated),
+    )
 
     def rewrite(self, node: Node, rewriter: Rewriter, context: Context) -> bool:
         if node.op.name != "softmax":
-            return False
+            return super().rewrite(node, rewriter, context)
         site = _match(node, Trail("attention", STEPS, node))
         if site is None:
             return False

@@ -2,12 +2,13 @@
 
     matmul(x, W)                      ->  linear(x, W; transposed)         W constant [K, N]: no data moves
     matmul(x, transpose(W))           ->  linear(x, W)                     W constant [N, K]
+    linear(x, transpose(W))           ->  linear(x, W; transposed)
     gemm(A, B, C; alpha, beta)        ->  linear(A, alpha B, beta C)       A^T by a transpose of its own
     add(linear(x, W), b)              ->  linear(x, W, b)                  b constant along the last axis
     gather(T, ids; axis=0)            ->  embedding(T, ids)                T constant [rows, channels]
 
-Exact over the reals; alpha and beta are multiplied in in float64. A constant on the left of a matmul, or
-with more than two axes, stays a matmul.
+Exact over the reals; alpha and beta are multiplied in in float64. A constant on the left of a matmul (unless
+its other factor is a transpose: `planish.passes.left_linear`), or with more than two axes, stays a matmul.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from planish.ir.constant import Constant
 from planish.ir.graph import Node, Value
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.types import WIDE_FLOATS
+from planish.passes import left_linear
 from planish.passes.base import Exactness
 from planish.passes.match import (
     PatternPass,
@@ -129,6 +131,24 @@ def _bias(rewriter: Rewriter, value: Value, data: np.ndarray, moved: bool = Fals
     return rewriter.constant(Constant(data, value.constant.dtype, data.shape), value.name)
 
 
+def _match_turned(node: Node, trail: Trail) -> Site | None:
+    x, other = node.operand(0), node.operand(1)
+    found = _matrix(other)
+    if x is None or found is None or not found[1]:
+        return None
+    return Site(node, (x, other, node.operand(2)), {"weight": found[0]})
+
+
+def _apply_turned(site: Site, rewriter: Rewriter) -> None:
+    node = site.root
+    operands = [node.operand(0), site.parts["weight"], *node.operands[2:]]
+    attributes = {**node.attributes, "transposed": True}
+    if node.attributes.get("transposed"):
+        del attributes["transposed"]
+    made = rewriter.insert(node.op, operands, attributes, before=node, source=node.source)
+    site.supersede(rewriter, made.result)
+
+
 def _match_bias(node: Node, trail: Trail) -> Site | None:
     for product, value in both(node):
         linear = product.producer
@@ -186,6 +206,8 @@ class RaiseLinear(PatternPass):
     rules = (
         Rule("linear", frozenset({"matmul"}), 3, _match_matmul, _apply_matmul),
         Rule("linear from gemm", frozenset({"gemm"}), 3, _match_gemm, _apply_gemm),
+        Rule("linear of a transpose", frozenset({"linear"}), 2, _match_turned, _apply_turned),
         Rule("bias", frozenset({"add"}), 2, _match_bias, _apply_bias),
         Rule("embedding", frozenset({"gather"}), 3, _match_embedding, _apply_embedding),
+        *left_linear.RULES,
     )

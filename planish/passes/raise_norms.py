@@ -3,17 +3,17 @@
     layer_norm(x; g, b)  =  (x - m) / sqrt(v + eps) * g + b,  m = mean x,  v = mean (x - m)^2 = mean x^2 - m^2
     rms_norm(x; g)       =  x / sqrt(mean x^2 + eps) * g
 
-over the last axes. The root may be a square root or a power, under a division, a reciprocal or a
-power -1/2; squares may be powers or products; means may be sums divided by their count; gain and bias
-may stand on either side, and a gain may be 1 + g. Exact over the reals; mean x^2 - m^2 cancels in
-floats, so there the raised form is the more accurate one. A cast to a wider float before the norm and
-back behind it goes: the norms compute their statistics in float32 (`stash`).
+over the last axes. The root may be a square root or a power, under a division, a reciprocal or a power -1/2, or
+`rsqrt`; squares may be powers or products; means may be sums divided by their count, v torch's biased variance; gain
+and bias may stand on either side, and a gain may be 1 + g, or one number for all channels. Exact over the reals;
+mean x^2 - m^2 cancels in floats, so there the raised form is the more accurate one. A cast to a wider float before the
+norm and back behind it goes: the norms compute their statistics in float32 (`stash`). It stays where the gain
+is multiplied in the wider float.
 LayerNorm: arXiv:1607.06450. RMSNorm: arXiv:1910.07467.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,7 +37,7 @@ from planish.passes.match import (
     scalar,
     with_constant,
 )
-from planish.passes.moments import centred_on, difference_of_moments, mean_of, square, under_root
+from planish.passes.moments import centred_on, difference_of_moments, mean_of, square, under_root, variance_of
 
 NORMS = ("layer_norm", "rms_norm")
 
@@ -73,6 +73,8 @@ def _match_core(node: Node, trail: Trail) -> Site | None:
         moments = None
         if difference is not None and difference.op.name == "sub" and centred is not None:
             moments = difference_of_moments(difference)
+        elif centred is not None:
+            moments = variance_of(variance)
         if moments is None:
             return trail.miss(2, "expected a mean of squares", difference or variance)
         if moments != centred:
@@ -99,7 +101,7 @@ def _spread(constant: Constant, shape: tuple[int | str | None, ...]) -> np.ndarr
     """A constant that varies over the normalised axes only, expanded to them; None for any other."""
     dims = tuple(d for d in shape if isinstance(d, int))
     leading = constant.shape[: max(0, len(constant.shape) - len(shape))]
-    if len(dims) < len(shape) or constant.size == 1 != math.prod(dims) or any(d != 1 for d in leading):
+    if len(dims) < len(shape) or any(d != 1 for d in leading):
         return None
     try:
         return np.array(np.broadcast_to(constant.wide().reshape(constant.shape[len(leading) :]), dims))
@@ -125,7 +127,7 @@ def _match_vector(node: Node, trail: Trail) -> Site | None:
             trail.miss(1, "the norm has its own already", norm)
             continue
         data = _spread(value.constant, normed.shape[len(normed.shape) + attribute(norm, "axis") :])
-        if data is None:
+        if data is None or (port == 2 and value.constant.size == 1 != data.size):
             trail.miss(2, "the constant does not vary over the normalised axes alone", node)
             continue
         parts = {"norm": norm, "port": port, "value": value, "data": data, "offset": offset}

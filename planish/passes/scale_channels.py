@@ -11,7 +11,11 @@ over all readers:
                                                                        (Zhang et al., arXiv 2310.04836)
     outliertune   s = a: the static per-channel scale, folded           (Wang et al., arXiv 2406.18832)
     search        per site the best of: none, smoothquant for a grid of alpha, os-plus for a grid of t
+    balance       s = (max|V_j:| / w)^(1/2), V what writes the channel: no statistics, on every free SCALE space
+                                                                       (Nagel et al., arXiv 1906.04721)
 
+A site is a space that linears or convolutions read, grouped and depthwise ones too, or (smoothquant, os-plus,
+search) that an attention contracts: keys then stand for the weights of queries, and rotary pairs share a factor.
 `os-plus` and `search` minimise the squared output error of the site's linears with quantised
 activations and weights, on the sampled rows; leaving the site alone is always among the candidates.
 Where ops block a space (a residual that reads the norm too, an activation function before the
@@ -20,7 +24,7 @@ linear), `insert=true` puts one explicit Mul there, if the error falls by the fr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,96 +37,12 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale
+from planish.passes.balance import balance
 from planish.passes.base import Context, Exactness, Pass, PassReport
-from planish.passes.sites import Site, row_floor, site_of
+from planish.passes.scales import Judge, Quantiser, percentile_scale, smoothquant_scale, threshold_scale
+from planish.passes.sites import Site, dual_site_of, site_of
 
-FLOOR = 1e-5
-
-
-def smoothquant_scale(largest: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:
-    """s = a^alpha / w^(1 - alpha), both clamped to 1e-5; float64 [n]."""
-    s: np.ndarray = np.maximum(largest, FLOOR) ** alpha / np.maximum(weight, FLOOR) ** (1.0 - alpha)
-    return s.clip(min=FLOOR)
-
-
-def threshold_scale(largest: np.ndarray, threshold: float) -> np.ndarray:
-    """s = max(1, a / t): channels within the threshold stay; float64 [n]."""
-    return np.maximum(1.0, largest / max(threshold, FLOOR))
-
-
-def percentile_scale(largest: np.ndarray, fraction: float = 0.005) -> np.ndarray:
-    """The top channels are scaled down to the k-th largest, k = int(fraction n + 1.5); float64 [n]."""
-    k = min(int(fraction * len(largest) + 1.5), len(largest))
-    base = max(float(np.sort(largest)[-k]), FLOOR)
-    return np.maximum(1.0, largest / base)
-
-
-@dataclass(frozen=True, eq=False)
-class Quantiser:
-    """The fake quantisation under which candidates are judged: uint8 activations, int8 weights per output.
-
-    Attributes:
-        granularity: of the activations: `tensor`, the range of the rows at hand; `token`, one range per row;
-            `static`, the calibrated extremes of the channels.
-        low, high: float64 [n], those extremes.
-    """
-
-    granularity: Literal["tensor", "token", "static"]
-    low: np.ndarray
-    high: np.ndarray
-
-    def activations(self, x: torch.Tensor, s: np.ndarray) -> torch.Tensor:
-        """x [N, n], already divided by s [n], as its readers will see it."""
-        low, high = min(float((self.low / s).min()), 0.0), max(float((self.high / s).max()), 0.0)
-        if self.granularity == "token":
-            floor = row_floor(low, high)
-            if floor is None:
-                scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
-                return torch.round(x / scale) * scale
-            zero = torch.floor(255.0 * floor / (x.amax(-1, keepdim=True).clamp(min=0.0) + floor)).clamp(min=1.0)
-            return (torch.clamp(torch.round(x * zero / floor) + zero, 0, 255) - zero) * floor / zero
-        if self.granularity == "tensor":
-            low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-        step = max((high - low) / 255.0, 1e-12)
-        offset = round(-low / step)
-        return (torch.clamp(torch.round(x / step) + offset, 0, 255) - offset) * step
-
-    def weight(self, w: torch.Tensor) -> torch.Tensor:
-        """w [outputs, n] rounded to int8 codes with one scale per output."""
-        scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127.0
-        return torch.round(w / scale) * scale
-
-
-class Judge:
-    """Judges scales of one site: the relative squared error of its readers' outputs under fake quantisation.
-
-    Args:
-        samples: float32 [N, n], what the readers read.
-        weights: of each reader, float32 [outputs, n].
-    """
-
-    def __init__(self, samples: torch.Tensor, weights: Sequence[torch.Tensor], quantiser: Quantiser) -> None:
-        self.samples = samples
-        self.weight = torch.cat(list(weights))
-        self.quantiser = quantiser
-        self.exact = samples @ self.weight.T
-        self.readers = [len(w) for w in weights]
-        self.energy = [self._rows(part) for part in torch.split(self.exact, self.readers, 1)]
-
-    @staticmethod
-    def _rows(part: torch.Tensor) -> torch.Tensor:
-        return part.square().sum(1).clamp(min=1e-30)
-
-    def error(self, s: np.ndarray) -> float:
-        """Mean over the rows, summed over the readers, of |Q(x / s) Q(W s)^T - x W^T|^2 / |x W^T|^2.
-
-        Row by row, because norms behind the readers make every row count the same.
-        """
-        factors = torch.from_numpy(s.astype(np.float32))
-        x = self.quantiser.activations(self.samples / factors, s)
-        noise = (x @ self.quantiser.weight(self.weight * factors).T).sub_(self.exact)
-        parts = torch.split(noise, self.readers, 1)
-        return sum(float((self._rows(p) / e).mean()) for p, e in zip(parts, self.energy, strict=True))
+DUAL = frozenset({"smoothquant", "os-plus", "search"})  # methods that weigh both sides: keys are activations too
 
 
 @dataclass(frozen=True)
@@ -132,9 +52,8 @@ class ScaleChannels(Pass):
     name = "scale-channels"
     exactness = Exactness.EXACT
     breaks = frozenset({"norm-gain-free"})
-    needs_stats = True
 
-    method: Literal["search", "smoothquant", "os-plus", "percentile", "outliertune"] = "search"
+    method: Literal["search", "smoothquant", "os-plus", "percentile", "outliertune", "balance"] = "search"
     alpha: float = 0.5  # smoothquant: the share of the difficulty that weights take
     granularity: Literal["tensor", "token", "static"] = "tensor"  # of the activations in the search
     steps: int = 20  # grid points of alpha, and of the threshold
@@ -142,12 +61,21 @@ class ScaleChannels(Pass):
     insert: bool = False  # an explicit Mul where a space is blocked
     min_gain: float = 0.1  # the fraction by which the error must fall to be worth an inserted Mul
 
+    @property
+    def needs_stats(self) -> bool:
+        return self.method != "balance"
+
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
+        if self.method == "balance":
+            balance(graph, context, report)
+            return report
         assert context.stats is not None
         found = []
-        for space in analyse(graph).of(Act.SCALE):
-            site = site_of(space, context.stats)
+        for space in (context.guarded(graph, s) for s in analyse(graph).of(Act.SCALE)):
+            site = site_of(space, context.stats, grouped=True)
+            if site is None and self.method in DUAL:
+                site = dual_site_of(space, context.stats)
             if site is not None:
                 found.append((space, site))
         if not found:

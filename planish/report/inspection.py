@@ -19,6 +19,8 @@ from planish.ir.ops.base import ACTS, MIXING, Act, Axes
 from planish.ir.spaces import Blocker, ChannelSpaces, Space, analyse
 from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import place
+from planish.report.freedoms import Freedom, freedoms
+from planish.report.labels import label
 
 LIFTS = {
     Act.PERMUTE: "Gather",
@@ -119,6 +121,7 @@ class Inspection:
         linears_with: of these, those whose input admits the act (scale, rotate, ...).
         obstacles: how often each (act, op, reason) blocks, most frequent first.
         lifts: act -> the number of explicit ops that would lift all of its blockers that can be lifted.
+        freedoms: for each act what passes could still use, with examples.
     """
 
     graph: str
@@ -131,6 +134,7 @@ class Inspection:
     linears_with: dict[str, int]
     obstacles: tuple[tuple[str, str, str, int], ...]
     lifts: dict[str, int] = field(default_factory=dict)
+    freedoms: tuple[Freedom, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -209,6 +213,7 @@ def inspect(
         linears_with,
         _obstacle_counts(numbered),
         _lift_counts(numbered),
+        freedoms(graph, spaces=found),
     )
 
 
@@ -257,12 +262,6 @@ def _row(acts: dict[Act, Space], order: dict[str, int]) -> SpaceRow:
 
 def _origin(value: Value) -> str:
     return label(value.producer) if value.producer is not None else f"input %{value.name}"
-
-
-def label(node: Node) -> str:
-    """A name of a node for people: its op, and the path in the model that it came from, else its result."""
-    path = node.source if "/" in node.source else f"%{node.result.name}" if node.results else node.source
-    return f"{node.op.name} {path}"
 
 
 def _names(values: Iterable[Value | None]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,14 @@ class Entry:
         balance: patterns of the layers that read it.
         ignore: patterns of layers left out.
         where: the line of the file.
+        converted: the tool turns norms that multiply by w + c into plain ones before it scales their gain.
     """
 
     smooth: str
     balance: tuple[str, ...]
     ignore: tuple[str, ...] = ()
     where: str = ""
+    converted: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,10 +92,12 @@ class Lint:
     Attributes:
         verdicts: one for each smooth layer that the mapping matches.
         unchecked: why the numbers could not be asked.
+        passed_over: the lines of entries none of whose patterns matches a layer; the tool passes over them.
     """
 
     verdicts: tuple[Verdict, ...]
     unchecked: str = ""
+    passed_over: tuple[str, ...] = ()
 
     @property
     def identity(self) -> bool:
@@ -103,7 +107,12 @@ class Lint:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         verdicts = [{**asdict(v), "agree": v.agree} for v in self.verdicts]
-        return {"identity": self.identity, "unchecked": self.unchecked, "verdicts": verdicts}
+        return {
+            "identity": self.identity,
+            "unchecked": self.unchecked,
+            "verdicts": verdicts,
+            "passed_over": list(self.passed_over),
+        }
 
 
 # -- the mapping file ----------------------------------------------------------------------------
@@ -113,7 +122,9 @@ def read_mappings(mapping: str | Path | Mapping[str, Any] | Sequence[Any]) -> li
     """The entries of a mapping: a YAML file, or the plain data of one.
 
     Entries are `[[balance, ...], smooth]` or `{smooth_layer: ..., balance_layers: [...]}`, in a list under
-    the key `mappings`, at the top or inside the modifiers of a recipe.
+    the key `mappings`, at the top or inside the modifiers of a recipe. Beside it may stand `ignore`, a list of
+    patterns, and `offset_gains`: `kept` (the tool scales the weights of norms as they are, the default) or
+    `converted` (where a norm multiplies by 1 + weight, it scales that gain, as llm-compressor 0.14 does).
 
     Raises:
         PlanishError: no such file, no mappings in it, or an entry of another form, with the line.
@@ -140,13 +151,22 @@ def _search(document: Document, at: tuple[str | int, ...], data: Any, found: lis
         if isinstance(data.get("mappings"), list):
             ignore = data.get("ignore") or []
             names = [ignore] if isinstance(ignore, str) else list(ignore)
-            found += _entries(document, (*at, "mappings"), data["mappings"], tuple(map(str, names)))
+            converted = _converted(document, at, data.get("offset_gains", "kept"))
+            entries = _entries(document, (*at, "mappings"), data["mappings"], tuple(map(str, names)))
+            found += [replace(entry, converted=converted) for entry in entries]
         for key, value in data.items():
             if key != "mappings":
                 _search(document, (*at, str(key)), value, found)
     elif isinstance(data, list):
         for index, value in enumerate(data):
             _search(document, (*at, index), value, found)
+
+
+def _converted(document: Document, at: tuple[str | int, ...], value: Any) -> bool:
+    if value not in ("kept", "converted"):
+        where = document.where((*at, "offset_gains"))
+        raise PlanishError(f"{where}: field 'offset_gains': expected kept or converted; got {value!r}")
+    return bool(value == "converted")
 
 
 def _entries(
@@ -202,6 +222,11 @@ def _matches(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
     return name == pattern or name.endswith(f".{pattern}")
+
+
+def matches_nothing(entry: Entry, known: Mapping[str, Layer]) -> bool:
+    """True if no pattern of the entry matches a layer: the tool then passes over it."""
+    return not any(_matches(name, pattern) for pattern in (entry.smooth, *entry.balance) for name in known)
 
 
 def resolve(entry: Entry, known: Mapping[str, Layer]) -> list[tuple[list[Layer], list[list[Layer]]]]:
@@ -295,10 +320,13 @@ def lint(
         progress: wraps the loop over the groups in a progress bar.
 
     Raises:
-        PlanishError: a bad mapping, or a pattern that matches no layer.
+        PlanishError: a bad mapping, one that matches no layer, or an entry of which only some patterns do.
     """
     entries = read_mappings(mapping)
     known = layers(graph)
+    idle = [entry for entry in entries if matches_nothing(entry, known)]
+    if len(idle) < len(entries):
+        entries = [entry for entry in entries if entry not in idle]
     spaces = analyse(graph)
     numbers = _Numbers(graph, make_probe(graph, seed) if check else Probe())
     rng = np.random.default_rng(seed)
@@ -312,8 +340,9 @@ def lint(
             verdicts.append(Verdict(several, names, False, (reason,), None, 0.0, entry.where))
             continue
         balance = list({b.name: b for of in patterns for b in of}.values())
-        verdicts.append(_verdict(graph, spaces, smooth[0], balance, known, numbers, rng, entry.where))
-    return Lint(tuple(verdicts), "" if numbers.probe.inputs or not check else numbers.probe.reason)
+        verdicts.append(_verdict(graph, spaces, smooth[0], balance, known, numbers, rng, entry))
+    unchecked = "" if numbers.probe.inputs or not check else numbers.probe.reason
+    return Lint(tuple(verdicts), unchecked, tuple(entry.where for entry in idle))
 
 
 def _verdict(
@@ -324,10 +353,10 @@ def _verdict(
     known: Mapping[str, Layer],
     numbers: _Numbers,
     rng: np.random.Generator,
-    where: str,
+    entry: Entry,
 ) -> Verdict:
-    names = tuple(b.name for b in balance)
-    changes, size, impossible = touched(smooth, balance)
+    names, where = tuple(b.name for b in balance), entry.where
+    changes, size, impossible = touched(smooth, balance, entry.converted)
     if impossible:
         return Verdict(smooth.name, names, False, (impossible,), None, 0.0, where)
     reasons = judge(spaces, changes, size, smooth.name, known)

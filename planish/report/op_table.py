@@ -71,10 +71,15 @@ _TITLES = {
     "sizes": "Sizes",
     "indexing": "Indexing",
     "selection": "Selection",
+    "lookup": "Lookups",
+    "resize": "Resizing",
     "contraction": "Contractions",
+    "grouped": "Grouped products",
     "normalisation": "Norms and softmax",
     "reduction": "Reductions and pooling",
     "attention": "Attention",
+    "rotation": "Rotations",
+    "scan": "Recurrences",
     "quantization": "Quantisation",
 }
 

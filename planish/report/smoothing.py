@@ -18,7 +18,7 @@ from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Rewriter
 from planish.ir.spaces import ChannelSpaces, Member, Space
-from planish.report.inspection import label
+from planish.report.labels import label
 
 NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"})
 LINEARS = frozenset({"linear", "gemm", "matmul", "conv"})
@@ -83,13 +83,17 @@ def _module_names(node: Node) -> list[str]:
 
 @dataclass(frozen=True, eq=False)
 class Touched:
-    """A constant that the tool changes: on `axis`, position i is multiplied by s[i - first] ** exponent."""
+    """A constant that the tool changes: on `axis`, position i is multiplied by s[i - first] ** exponent.
+
+    With an `offset` c it is not w that is multiplied but w + c: w becomes (w + c) s - c.
+    """
 
     value: Value
     axis: int
     exponent: int
     layer: str
     first: int = 0
+    offset: float = 0.0
 
 
 def _outputs_of(layer: Layer) -> list[tuple[Value, int]]:
@@ -140,8 +144,21 @@ def _input_of(layer: Layer) -> tuple[Value, int] | None:
     return weight, 1
 
 
-def touched(smooth: Layer, balance: Iterable[Layer]) -> tuple[list[Touched], int, str]:
-    """What the tool changes, the number of factors s, and why it could not do so (empty if it could)."""
+def _gain_offset(layer: Layer, value: Value) -> float:
+    """c where the norm multiplies by value + c."""
+    node = layer.main
+    offset = node.attributes.get("gain_offset", 0.0) if node.op.name in NORMS and node.operand(1) is value else 0.0
+    return float(offset) if isinstance(offset, int | float) else 0.0
+
+
+def touched(smooth: Layer, balance: Iterable[Layer], converted: bool = False) -> tuple[list[Touched], int, str]:
+    """What the tool changes, the number of factors s, and why it could not do so (empty if it could).
+
+    Args:
+        smooth: its output is divided.
+        balance: their weights are multiplied.
+        converted: the tool scales the gain w + c of a norm, not the weight w.
+    """
     changes: list[Touched] = []
     size = 0
     for layer in balance:
@@ -162,7 +179,8 @@ def touched(smooth: Layer, balance: Iterable[Layer]) -> tuple[list[Touched], int
         width = value.constant.shape[axis]
         if width < size:
             return [], 0, f"{smooth.name} writes {width} channels and the balance layers read {size}"
-        changes.append(Touched(value, axis, -1, smooth.name, width - size))  # the last rows of a fused layer
+        offset = _gain_offset(smooth, value) if converted else 0.0
+        changes.append(Touched(value, axis, -1, smooth.name, width - size, offset))  # the last rows of a fused layer
     return changes, size, ""
 
 
@@ -182,6 +200,7 @@ class _Plan:
         self.tables: dict[Value, dict[int, tuple[np.ndarray, np.ndarray]]] = {}
         self.covered: dict[tuple[Value, int], np.ndarray] = {}
         self.twice: list[str] = []
+        self.converted = {change.value for change in changes if change.offset}
         for change in changes:
             assert change.value.constant is not None
             width = change.value.constant.shape[change.axis]
@@ -278,7 +297,7 @@ def _judge_space(space: Space, plan: _Plan, writes: bool) -> Iterator[str]:
         given_power = np.where(inside, own_power, 0)
         name = plan.name(member)
         if (expected_power == given_power).all() and (expected_index == given_index).all():
-            if member.offset and expected_power.any():
+            if member.offset and expected_power.any() and member.value not in plan.converted:
                 yield (
                     f"{name}: its gain acts as weight + {member.offset:g}, "
                     "so that scaling the weight does not scale the gain"
@@ -320,6 +339,6 @@ def apply_mapping(graph: Graph, changes: Sequence[Touched], factors: np.ndarray)
             full[change.first : change.first + len(factors)] = factors**change.exponent
             shape = [1] * data.ndim
             shape[change.axis] = -1
-            data = data * full.reshape(shape)
+            data = (data + change.offset) * full.reshape(shape) - change.offset
             rewriter.set_constant(value, Constant(data, value.constant.dtype, data.shape), readers="all")
     return copy

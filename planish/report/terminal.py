@@ -21,6 +21,7 @@ from planish.integrate.api import Comparison
 from planish.integrate.convert import Conversion
 from planish.passes.base import PassReport
 from planish.passes.manager import Report
+from planish.report.freedoms import Freedom, summary
 from planish.report.inspection import Inspection, Obstacle, SpaceRow
 from planish.report.mapping import Lint
 
@@ -194,6 +195,10 @@ def _show_sums(terminal: Terminal, found: Inspection, only: str | None) -> None:
             lift = found.lifts.get(act)
             explicit = _lift_text(found, act) if lift else ""
             terminal.show(f"{act}: {count.spaces} spaces, {count.admitted} free ({count.channels} channels){explicit}")
+    for freedom in found.freedoms:
+        if freedom.unused and only in (None, freedom.act):
+            examples = "; ".join(freedom.examples)
+            terminal.show(f"no pass has used {freedom.act} in {freedom.unused} spaces, the largest: {examples}")
     groups = ", ".join(f"{name} {n}" for name, n in found.by_group.items())
     terminal.show(f"sets of tensors by what is free: {groups or 'none'}")
     if found.linears:
@@ -227,6 +232,8 @@ def show_lint(terminal: Terminal, lint: Lint) -> None:
         if not verdict.agree:
             numbers = "the same outputs" if verdict.numerical else "different outputs"
             terminal.show(f"  the two judges disagree: by analysis {word.lower()}, on the inputs tried {numbers}")
+    for where in lint.passed_over:
+        terminal.show(f"{where}: matches no layer of the model; the tool passes over it")
     if lint.unchecked:
         terminal.show(f"not checked on numbers: {lint.unchecked}")
     good = sum(v.identity and v.agree for v in lint.verdicts)
@@ -253,6 +260,9 @@ def show_report(terminal: Terminal, report: Report) -> None:
         terminal.show(f"exact passes were checked in float64 on {report.validated} sets of inputs")
     elif report.unchecked:
         terminal.show(f"NOT checked: {report.unchecked}")
+    left = summary(Freedom(**found) for found in report.freedoms)
+    if left:
+        terminal.show(left)
 
 
 def _remarks(done: PassReport) -> Iterator[str]:
