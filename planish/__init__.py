@@ -20,6 +20,7 @@ _PUBLIC = {
     "inspect": "planish.report.inspection",
     "lint": "planish.report.mapping",
     "to_onnx": "planish.integrate.api",
+    "to_torch": "planish.integrate.api",
     "verify": "planish.integrate.api",
     "Graph": "planish.ir.graph",
     "Pipeline": "planish.passes.manager",
@@ -28,12 +29,12 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_onnx", "verify",
+    "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_onnx", "to_torch", "verify",
     "Graph", "Pipeline", "PlanishError", "Stats", "__version__",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from planish.integrate.api import capture, collect, to_onnx, verify
+    from planish.integrate.api import capture, collect, to_onnx, to_torch, verify
     from planish.integrate.convert import convert
     from planish.ir.errors import PlanishError
     from planish.ir.evaluator import evaluate
@@ -57,8 +58,8 @@ def __dir__() -> list[str]:
 class _Capture(ModuleType):
     """The package `planish.capture`, which is also the function `planish.capture(model)`."""
 
-    def __call__(self, model: Any, inputs: Any = None) -> Any:
-        return import_module(_PUBLIC["capture"]).capture(model, inputs)
+    def __call__(self, model: Any, inputs: Any = None, *, dynamic_shapes: Any = None) -> Any:
+        return import_module(_PUBLIC["capture"]).capture(model, inputs, dynamic_shapes=dynamic_shapes)
 
 
 class _Planish(ModuleType):

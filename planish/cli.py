@@ -29,7 +29,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Argument(help="An .onnx file, or the text of a graph (.ir).", show_default=False)]
+_MODEL = "An .onnx file, the text of a graph (.ir), or module:callable, which returns a torch model and its inputs."
+Model = Annotated[str, typer.Argument(help=_MODEL, show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of every random choice.")]

@@ -304,6 +304,15 @@ def test_script_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "shift-and-scale-first.onnx").is_file()
 
 
+def test_inspect_a_torch_model(capsys: pytest.CaptureFixture[str]) -> None:
+    example("inspect_a_torch_model.py")
+    printed = capsys.readouterr().out
+    assert ", 0 of them opaque" in printed
+    assert float(re.findall(r"largest difference: (\S+)", printed)[0]) < 1e-5
+    assert "raised: add attention embedding" in printed
+    assert re.search(r"spaces of 32 channels: .*rotate", printed)
+
+
 def test_onnx_to_onnx_on_a_model_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("onnx_to_onnx.py", "model.onnx", "--calibrate", "data.npz", "-o", "q.onnx")
     printed = capsys.readouterr().out

@@ -108,6 +108,11 @@ def test_a_gain_that_acts_as_one_plus_weight(seed: int) -> None:
     assert verdict.reasons == ("norm: its gain acts as weight + 1, so that scaling the weight does not scale the gain",)
     assert not verdict.identity
     assert verdict.agree
+    mapping = {"mappings": [[["out"], "norm"]], "offset_gains": "converted"}
+    (verdict,) = lint(graph, mapping, seed=seed).verdicts  # the tool scales weight + 1
+    assert verdict.reasons == ()
+    assert verdict.identity
+    assert verdict.agree
 
 
 def test_a_weight_with_two_readers_is_scaled_for_both(seed: int) -> None:
@@ -233,6 +238,10 @@ def test_ignored_layers_are_left_out(seed: int) -> None:
             "mappings:\n  - [['re:('], a]\n",
             "{path}:2: 're:(' is not a regular expression: missing ), unterminated subpattern at position 0",
         ),
+        (
+            "offset_gains: yes please\nmappings:\n  - [[a], b]\n",
+            "{path}:1: field 'offset_gains': expected kept or converted; got 'yes please'",
+        ),
         ("mappings: [\n", "{path}:2: not YAML: expected the node content, but found '<stream end>'"),
         ("mappings: !!python/object:os.system {}\n", "{path}:1: not YAML: could not determine a constructor"),
     ],
@@ -249,6 +258,27 @@ def test_a_pattern_that_matches_nothing() -> None:
     with pytest.raises(PlanishError) as caught:
         lint(raised(block()), [[["re:.*query"], "re:.*nrm"]])
     assert str(caught.value) == "mapping:1: 're:.*nrm' matches no layer of the model\n  hint: did you mean 'norm'?"
+
+
+def test_an_entry_that_matches_nothing_is_passed_over(
+    seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "m.yaml"
+    nothing, good = "[['re:.*query', 're:.*key'], 're:.*nrm']", "[['re:.*q', 're:.*k', 're:.*v'], 're:layers.*norm']"
+    path.write_text(f"- {nothing}\n- {good}\n")
+    found = lint(raised(block()), path, seed=seed)
+    assert found.passed_over == (f"{path}:1",)
+    assert [v.smooth for v in found.verdicts] == ["layers.0.norm"]
+    assert found.identity
+    assert found.as_dict()["passed_over"] == [f"{path}:1"]
+    assert main(["lint", str(save(block(), tmp_path / "m.onnx")), "--mapping", str(path)]) == 0
+    assert f"{path}:1: matches no layer of the model; the tool passes over it\n" in capsys.readouterr().out
+
+
+def test_an_entry_that_matches_in_part_is_an_error() -> None:
+    with pytest.raises(PlanishError) as caught:
+        lint(raised(block()), [[["re:.*q", "re:.*query"], "re:.*norm"]])
+    assert str(caught.value).startswith("mapping:1: 're:.*query' matches no layer of the model")
 
 
 # -- the command ---------------------------------------------------------------------------------

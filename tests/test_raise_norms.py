@@ -38,6 +38,8 @@ def normalised(b: Build, x: Value, variance: Value, how: str, swap: bool = False
             inverse = b("reciprocal", b("sqrt", under))
         case "one-over":
             inverse = b("div", 1.0, b("sqrt", under))
+        case "rsqrt":
+            inverse = b("rsqrt", under)
         case "sqrt-of-reciprocal":
             inverse = b("sqrt", b("reciprocal", under))
         case _:
@@ -45,7 +47,7 @@ def normalised(b: Build, x: Value, variance: Value, how: str, swap: bool = False
     return b("mul", inverse, x) if swap else b("mul", x, inverse)
 
 
-ROOTS = ("div", "div-pow", "reciprocal", "one-over", "sqrt-of-reciprocal", "power")
+ROOTS = ("div", "div-pow", "reciprocal", "one-over", "sqrt-of-reciprocal", "rsqrt", "power")
 
 
 def layer_norm(b: Build, x: Value, *, root: str = "div", sq: str = "pow", how: str = "mean", swap=False) -> Value:
@@ -127,6 +129,22 @@ def test_gain_of_one_plus_w(swap):
     assert node.op.name == "rms_norm"
     assert node.attributes["gain_offset"] == 1.0
     assert node.operands[1].name == "w"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_one_gain_for_all_channels(shape):
+    b = Build()
+    x = b.input("x", TYPE)
+    y = b("mul", normalised(b, x, mean(b, square(b, x, "pow"), "mean"), "rsqrt"), b.random(*shape, name="gain"))
+    after, _ = run(b.output(y), "raise-norms")
+    (node,) = after.nodes
+    assert node.operands[1].shape == (6,)
+
+
+def test_one_number_is_no_bias():
+    b = Build()
+    y = b("add", b("rms_norm", b.input("x", TYPE)), 1.0)
+    assert "the constant does not vary over the normalised axes alone" in refused(b.output(y))[1]
 
 
 def test_several_trailing_axes():

@@ -112,6 +112,15 @@ def test_attention_shares_key_heads(causal: bool) -> None:
     same(y, functional.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True))
 
 
+def test_attention_with_a_cap_and_sinks() -> None:
+    q, k, v, mask, sinks = drawn((2, 4, 3, 8), (2, 2, 5, 8), (2, 2, 5, 6), (3, 5), (4,))
+    wide_k, wide_v = (t.repeat_interleave(2, 1) for t in (k, v))
+    scores = 2.0 * torch.tanh(q @ wide_k.mT * 0.5 / 2.0) + mask
+    same(computed("attention", [q, k, v, mask], scale=0.5, softcap=2.0), scores.softmax(-1) @ wide_v)
+    weights = scores.exp() / (scores.exp().sum(-1, keepdim=True) + sinks.exp().reshape(4, 1, 1))
+    same(computed("attention", [q, k, v, mask, sinks], scale=0.5, softcap=2.0), weights @ wide_v)
+
+
 def test_rope() -> None:
     x, cos, sin = drawn((2, 3, 4), (3, 4), (3, 4))
     left, right = x.chunk(2, -1)
@@ -160,6 +169,11 @@ def test_types_keep_symbolic_dims(
             "attention",
             [(1, 3, 4, 5), (1, 2, 4, 5), (1, 2, 4, 5)],
             "attention: 3 query heads cannot share 2 key heads",
+        ),
+        (
+            "attention",
+            [(2, 4, 3, 8), (2, 2, 3, 8), (2, 2, 3, 8), None, (3,)],
+            "attention: expected a sink for each of 4 heads",
         ),
         ("rope", [(2, 3), (3,), (3,)], "rope: expected an even number of channels"),
     ],

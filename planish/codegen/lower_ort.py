@@ -315,6 +315,8 @@ def _merged(value: Value | None, perm: tuple[int, ...]) -> tuple[Value, int] | N
 def _attention(
     node: Node, rewriter: Rewriter, report: PassReport, masks: dict[tuple[Value, bool], Value], version: int
 ) -> None:
+    if node.operand(4) is not None or node.attributes.get("softcap") is not None:
+        raise Declined("the operator has no sinks, and caps its scores behind the mask", node)
     q, k, v = (_merged(node.operands[i], (0, 2, 1, 3)) for i in range(3))
     if q is None or k is None or v is None:
         raise Declined("its operands are not transposed head splits", node)

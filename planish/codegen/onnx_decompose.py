@@ -5,6 +5,7 @@ rms_norm     x / sqrt(mean(x^2) + eps) * (gain + gain_offset) + bias
 gelu         x / 2 * (1 + erf(x / sqrt 2)), or the tanh form
 attention    softmax(scale q k^T + mask) v, key and value heads repeated where queries share them
 rope         x * cos + rotate_half(x) * sin
+hadamard     a Reshape and a MatMul for each dense factor of the matrix
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import math
 import numpy as np
 
 from planish.codegen.onnx_emission import Emission, emitter
+from planish.ir import hadamard
 from planish.ir.constant import Constant
 from planish.ir.graph import Node, Value
+from planish.ir.ops.rotation import block_size, signs_of
 from planish.ir.types import onnx_enum
 
 _HALF = ("f16", "bf16")
@@ -46,6 +49,11 @@ def _gelu(node: Node, e: Emission) -> None:
         inner = e.add("Erf", [e.add("Div", [x, e.scalar(math.sqrt(2.0), value)])])
     product = e.add("Mul", [x, e.add("Add", [inner, e.scalar(1.0, value)])])
     e.add("Mul", [product, e.scalar(0.5, value)], e.outputs(node))
+
+
+@emitter("rsqrt")
+def _rsqrt(node: Node, e: Emission) -> None:
+    e.add("Reciprocal", [e.add("Sqrt", [e.name(_x(node))])], e.outputs(node))
 
 
 @emitter("silu")
@@ -219,7 +227,9 @@ def _attention(node: Node, e: Emission) -> None:
     q, k, v, mask = (node.operand(i) for i in range(4))
     scale, causal = node.attributes.get("scale"), bool(node.attributes.get("causal", False))
     safe = bool(node.attributes.get("safe", False))
-    if e.since("Attention") >= 23 and not safe and (mask is None or _covers_keys(mask)):
+    sinks, cap = node.operand(4), node.attributes.get("softcap")
+    plain = sinks is None and cap is None  # the operator caps behind the mask
+    if e.since("Attention") >= 23 and plain and not safe and (mask is None or _covers_keys(mask)):
         names = [e.name(q), e.name(k), e.name(v), _full_rows(e, mask, q)]
         e.add("Attention", names, e.outputs(node), scale=scale, is_causal=1 if causal else None)
         return
@@ -234,6 +244,10 @@ def _attention(node: Node, e: Emission) -> None:
     keys = e.add("Transpose", [_shared_heads(node, e, q, k)], perm=(0, 1, 3, 2))
     queries = e.add("Mul", [e.name(q), e.scalar(float(scale), q)])
     scores = e.add("MatMul", [queries, keys], hint=f"{e.name(node.result)}_scores")
+    if cap is not None:
+        assert isinstance(cap, float | int)
+        limit = e.scalar(float(cap), q)
+        scores = e.add("Mul", [e.add("Tanh", [e.add("Div", [scores, limit])]), limit])
     if mask is not None and mask.dtype == "bool":
         scores = e.add("Where", [e.name(mask), scores, e.scalar(-math.inf, q)])
     elif mask is not None:
@@ -241,7 +255,12 @@ def _attention(node: Node, e: Emission) -> None:
     if causal:
         scores = e.add("Where", [_causal(e, q, k, scores), scores, e.scalar(-math.inf, q)])
     axis = -1 if e.since("Softmax") >= 11 else 3
+    if sinks is not None:
+        scores = _with_sinks(e, scores, sinks)
     weights = e.add("Softmax", [scores], axis=axis)
+    if sinks is not None:
+        bounds = [e.ints((n,), hint) for n, hint in ((0, "start"), (-1, "end"), (3, "axis"))]
+        weights = e.add("Slice", [weights, *bounds])
     if safe:  # a row that is masked throughout gives zeros
         weights = e.add("Where", [e.add("IsNaN", [weights]), e.scalar(0.0, q), weights])
     e.add("MatMul", [weights, _shared_heads(node, e, q, v)], e.outputs(node))
@@ -278,6 +297,14 @@ def _shared_heads(node: Node, e: Emission, q: Value, k: Value) -> str:
         wide = e.add("Unsqueeze", [e.name(k)], axes=(2,))
     wide = e.add("Expand", [wide, e.ints((1, 1, heads // own, 1, 1), "repeat")])
     return e.add("Reshape", [wide, e.ints((0, heads, -1, depth), "heads")])
+
+
+def _with_sinks(e: Emission, scores: str, sinks: Value) -> str:
+    """The scores with one more column: the sink of each head."""
+    column = e.add("Reshape", [e.name(sinks), e.ints((1, -1, 1, 1), "sinks")])
+    rows = e.add("Slice", [e.add("Shape", [scores]), e.ints((0,), "start"), e.ints((3,), "end")])
+    dims = e.add("Concat", [rows, e.ints((1,), "one")], axis=0)
+    return e.add("Concat", [scores, e.add("Expand", [column, dims])], axis=3)
 
 
 def _causal(e: Emission, q: Value, k: Value, scores: str) -> str:
@@ -317,3 +344,49 @@ def _rope(node: Node, e: Emission) -> None:
         turned = e.add("Reshape", [turned, e.ints((*[0] * (rank - 1), depth), "flat")])
     cos, sin = (e.name(node.operand(i)) for i in (1, 2))
     e.add("Add", [e.add("Mul", [e.name(x), cos]), e.add("Mul", [turned, sin])], e.outputs(node))
+
+
+# -- rotation --------------------------------------------------------------------------------------
+
+
+@emitter("hadamard")
+def _hadamard(node: Node, e: Emission) -> None:
+    x, block, signs = _x(node), block_size(node), signs_of(node)
+    if x.rank is None or block is None:
+        raise e.fail(node, "an unknown rank or number of channels is not possible")
+    axis, inverse = node.attributes.get("axis", -1), bool(node.attributes.get("transpose", False))
+    assert isinstance(axis, int)
+    swap = list(range(x.rank))
+    swap[axis], swap[-1] = swap[-1], swap[axis]
+    y = e.name(x)
+    if axis % x.rank != x.rank - 1:
+        y = e.add("Transpose", [y], perm=tuple(swap))
+    factor = "" if signs is None else e.weight(Constant(signs.wide(), x.dtype or "f32", signs.shape), "signs")
+    if factor and not inverse:
+        y = e.add("Mul", [y, factor])
+    assert x.shape is not None
+    size = x.shape[axis]
+    assert isinstance(size, int)
+    kept, left, right = [0] * (x.rank - 1), size // block, block
+    for order in hadamard.factors(block):
+        right //= order
+        matrix = hadamard.dense(order) / math.sqrt(order)
+        matrix = matrix.T if inverse != (right == 1) else matrix  # from the right: transposed
+        weight = e.weight(
+            Constant(matrix, x.dtype or "f32", matrix.shape),
+            f"hadamard.{order}",
+            key=("hadamard", order, inverse != (right == 1), x.dtype),
+        )
+        shape = [*kept, left, order] if right == 1 else [*kept, left, order, right]
+        y = e.add("Reshape", [y, e.ints(shape, "blocks")])
+        y = e.add("MatMul", [y, weight] if right == 1 else [weight, y])
+        left *= order
+    steps: list[tuple[str, list[str], tuple[int, ...] | None]] = [
+        ("Reshape", [e.ints([*kept, size], "channels")], None)
+    ]
+    if factor and inverse:
+        steps.append(("Mul", [factor], None))
+    if axis % x.rank != x.rank - 1:
+        steps.append(("Transpose", [], tuple(swap)))
+    for index, (op_type, more, perm) in enumerate(steps):
+        y = e.add(op_type, [y, *more], e.outputs(node) if index == len(steps) - 1 else None, perm=perm)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from planish.codegen import onnx_decompose, onnx_quantised  # noqa: F401  register their emitters
+from planish.codegen import onnx_decompose, onnx_lookup, onnx_quantised, onnx_scan  # noqa: F401  register their emitters
 from planish.codegen.onnx_emission import Emission, emitter
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Node, Value

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from planish.calibrate.collect import collect
 from planish.ir.errors import PlanishError, nearest
@@ -16,21 +17,27 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from onnx import ModelProto
+    from torch import nn
+    from torch.export import ExportedProgram
 
+    Model = str | Path | ModelProto | Graph | nn.Module | ExportedProgram
     Inputs = Mapping[str, np.ndarray | torch.Tensor]
 
-__all__ = ["Comparison", "OutputDifference", "capture", "collect", "compare_graphs", "to_onnx", "verify"]
+__all__ = ["Comparison", "OutputDifference", "capture", "collect", "compare_graphs", "to_onnx", "to_torch", "verify"]
 
 EQUAL = 1e-5  # relative: weights that were folded are rounded to float32 once more
 
 
-def capture(model: str | Path | ModelProto | Graph, inputs: Any = None) -> Graph:
+def capture(model: Model, inputs: Any = None, *, dynamic_shapes: Any = None) -> Graph:
     """Capture a model as a graph.
 
     Args:
-        model: a path to an .onnx file or to a text of the IR (.ir), an ONNX ModelProto, or a graph (returned
-            as it is).
-        inputs: example inputs; an ONNX model needs none.
+        model: a path to an .onnx file or to a text of the IR (.ir), a Python target (`module:callable` or
+            `file.py:callable`, which returns a model and its inputs), an ONNX ModelProto, a torch module, a program of
+            torch.export, an FX graph as a torch.compile backend receives it, or a graph (returned as it is).
+        inputs: example inputs of a torch module: a tensor, a tuple of positional arguments, a dict of keyword
+            arguments, or a pair of both; what a backend receives with an FX graph. Other models need none.
+        dynamic_shapes: of a torch module: as for `torch.export.export`.
 
     Raises:
         PlanishError: the model cannot be read or is not valid, or is of another kind.
@@ -38,6 +45,12 @@ def capture(model: str | Path | ModelProto | Graph, inputs: Any = None) -> Graph
     if isinstance(model, Graph):
         return model
     if isinstance(model, str | Path):
+        if isinstance(model, str):
+            from planish.integrate import python_target
+
+            if python_target.is_target(model):
+                model, given = python_target.load(model)
+                return capture(model, given if inputs is None else inputs, dynamic_shapes=dynamic_shapes)
         path = Path(model)
         if path.suffix == ".ir":
             from planish.ir.store import load
@@ -50,10 +63,22 @@ def capture(model: str | Path | ModelProto | Graph, inputs: Any = None) -> Graph
     if type(model).__name__ == "ModelProto":
         from planish.capture.from_onnx import from_onnx
 
-        return from_onnx(model)
+        return from_onnx(cast("ModelProto", model))
+    if "torch" in sys.modules:
+        from torch import fx, nn
+        from torch.export import ExportedProgram
+
+        from planish.capture import from_dynamo, from_fx
+
+        if isinstance(model, ExportedProgram):
+            return from_fx.from_program(model)
+        if isinstance(model, fx.GraphModule) and from_dynamo.is_dynamo(model):
+            return from_dynamo.from_dynamo(model, inputs)
+        if isinstance(model, nn.Module):
+            return from_fx.from_module(model, inputs, dynamic_shapes=dynamic_shapes)
     raise PlanishError(
-        f"model: a {kind} cannot be captured; expected a path to an .onnx file or an onnx.ModelProto",
-        hint="export a torch module with torch.onnx.export(model, inputs, 'model.onnx', dynamo=True)",
+        f"model: a {kind} cannot be captured; expected a path to an .onnx file, an onnx.ModelProto, a torch.nn.Module "
+        "or a torch.export.ExportedProgram"
     )
 
 
@@ -70,6 +95,23 @@ def to_onnx(graph: Graph, path: str | Path, *, target: str = "onnx", opset: int 
     from planish.codegen.onnx import write
 
     write(graph, path, target=target, opset=opset)
+
+
+def to_torch(graph: Graph, *, dtype: torch.dtype | None = None) -> torch.fx.GraphModule:
+    """The graph as a torch module that is called as the captured one.
+
+    With no pass applied, a captured torch module comes back bit for bit. Parameters stand at their module paths.
+    A graph of ONNX takes its inputs by position or by name and returns its output, or a dict of its outputs.
+
+    Args:
+        dtype: hold every float in this dtype: torch.float64 keeps what passes folded unrounded.
+
+    Raises:
+        PlanishError: an op that torch does not have.
+    """
+    from planish.codegen.torch import to_torch
+
+    return to_torch(graph, dtype=dtype)
 
 
 @dataclass(frozen=True)

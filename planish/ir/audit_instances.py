@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from planish.ir.audit_lookup import instances as lookups
 from planish.ir.audit_trial import Instance, Operand
 from planish.ir.constant import Constant
 
@@ -89,6 +90,7 @@ def _elementwise() -> dict[str, list[Instance]]:
     table["gelu"] = [*_unary(), *_unary(approximate="tanh")]
     table["log"] = _unary("positive")
     table["sqrt"] = _unary("positive")
+    table["rsqrt"] = _unary("positive")
     table["reciprocal"] = _unary("nonzero")
     table["logical_not"] = [_on(_a(3, 4, draw="bool", dtype="bool"))]
     table["cast"] = [*_unary(to="f16"), *_unary(to="f64"), *_unary(to="i64"), *_unary(to="bool")]
@@ -393,6 +395,12 @@ def _attention() -> dict[str, list[Instance]]:
             _on(_a(2, 2, 4, 4), _same(0), _same(0)),
             _on(q, k, v, safe=True),
             _on(q, k, v, Operand((3, 5), draw=np.tri(3, 5, -1, bool), dtype="bool"), safe=True),
+            _on(q, k, v, softcap=0.7, scale=0.5),
+            _on(*grouped, _a(3, 5), softcap=1.5),
+            _on(q, k, v, None, _c(2)),
+            _on(*grouped, _a(3, 5), _a(4), softcap=1.5),
+            _on(_a(1, 3, 4, 2), _a(1, 1, 4, 2), _a(1, 1, 4, 2), None, _c(3), causal=True),
+            _on(q, k, v, _a(2, 2, 3, 5), _a(2)),
         ],
         "rope": [
             _on(_a(2, 3, 4), _a(3, 4), _a(3, 4)),
@@ -400,6 +408,38 @@ def _attention() -> dict[str, list[Instance]]:
             _on(_a(2, 3, 5, 4), _a(2, 1, 5, 4), _a(2, 1, 5, 4)),
             _on(_a(3, 4), _c(4), _c(4)),
         ],
+    }
+
+
+def _rotation() -> dict[str, list[Instance]]:
+    signs = Constant.of(np.array([1.0, -1.0, -1.0, 1.0], np.float32), "f32")
+    return {
+        "hadamard": [
+            _on(_a(3, 4)),
+            _on(_a(3, 4), transpose=True, signs=signs),
+            _on(_a(2, 3, 4), block=2, signs=signs),
+            _on(_a(2, 12, 3), axis=1, transpose=True),
+            _on(_a(2, 4, 3), axis=-2, block=2),
+        ],
+    }
+
+
+def _scan() -> dict[str, list[Instance]]:
+    def scan(batch: int, channels: int, states: int, length: int, *more: Operand, constant: bool = True) -> Instance:
+        long, state = _a(batch, channels, length), _a(batch, states, length)
+        step = _a(batch, channels, length, draw=np.linspace(0.1, 0.9, batch * channels * length).reshape(long.shape))
+        decay = Operand(
+            (channels, states), constant, draw=-np.linspace(0.2, 2.0, channels * states).reshape(channels, -1)
+        )
+        return _on(long, step, decay, state, state, *more)
+
+    return {
+        "selective_scan": [
+            scan(2, 3, 4, 5, _c(3)),
+            scan(2, 4, 3, 5),
+            scan(1, 3, 2, 4, _a(3), constant=False),
+            scan(3, 2, 1, 4, _c(2)),
+        ]
     }
 
 
@@ -434,6 +474,9 @@ def instances() -> dict[str, list[Instance]]:
         _normalisation,
         _reduction,
         _attention,
+        _rotation,
+        _scan,
+        lookups,
         _quantization,
     ):
         table.update(family())

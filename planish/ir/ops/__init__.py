@@ -20,11 +20,16 @@ FAMILIES = (
     "sizes",
     "selection",
     "indexing",
+    "lookup",
+    "resize",
     "contraction",
+    "grouped",
     "convolution",
     "normalisation",
     "reduction",
     "attention",
+    "rotation",
+    "scan",
     "quantization",
 )
 

@@ -2,11 +2,14 @@
 
     attention       o[b, h, t] = sum_s softmax_s(scale q[b, h, t] . k[b, h', s] + mask) v[b, h', s]
                     with h' = h // (H / Hk): several query heads share a key and value head
+                    softcap c: the scaled scores u become c tanh(u / c) before the mask is added
+                    sinks [H]: one more score per head in each softmax, whose weight is dropped
     rope            y = x * cos + rotate(x) * sin: pairs of channels (j, j + d/2) turn by an angle each
 
 Queries and keys are dual on d, each key head by itself. The rows of the softmax sum to 1, so whatever
 linear map or shift v carries on e shows unchanged on the result. With `safe`, a row whose scores are all
--inf gives 0 rather than NaN (torch's scaled_dot_product_attention), and a shift does not pass.
+-inf gives 0 rather than NaN (torch's scaled_dot_product_attention), and a shift does not pass. With sinks the
+rows sum to less than 1: a shift of v does not pass, and adding the same to all scores of a row shows.
 """
 
 from __future__ import annotations
@@ -62,29 +65,40 @@ def _attention_infer(node: Node) -> Sequence[Type]:
     check_inner(node, q[3], k[3])
     if isinstance(q[1], int) and isinstance(k[1], int) and q[1] % k[1]:
         raise InvalidModelError(f"attention: {q[1]} query heads cannot share {k[1]} key heads", where="attention")
+    sinks = tensor_type(node.operand(4))
+    numbers = () if sinks is None or sinks.shape is None else sinks.shape
+    if len(numbers) > 1 or any(isinstance(n, int) and isinstance(q[1], int) and n not in (1, q[1]) for n in numbers):
+        raise InvalidModelError(f"attention: expected a sink for each of {q[1]} heads", where=f"sinks {sinks}")
     batch = broadcast_dim(q[0], broadcast_dim(k[0], v[0]))
     return (like(node.operand(0), (batch, q[1], q[2], v[3])),)
 
 
 def _attention_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    q, k, v, mask = (*operands, None)[:4]
+    q, k, v, mask, sinks = (*operands, None, None)[:5]
     share = q.shape[1] // k.shape[1]
     if share > 1:
         k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))
     factor = attribute(node, "scale")
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if factor is None else factor)
+    cap = attribute(node, "softcap")
+    if cap is not None:
+        scores = cap * torch.tanh(scores / cap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if flag(node, "causal"):
         keep = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
-    weights = torch.softmax(scores, -1)
+    if sinks is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        column = sinks.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
     if flag(node, "safe"):
         weights = weights.masked_fill(weights.isnan(), 0.0)
     return (weights @ v,)
 
 
-_LABELS = {0: "bhtd", 1: "bhsd", 2: "bhse", -1: "bhte", 3: "bhts"}
+_LABELS = {0: "bhtd", 1: "bhsd", 2: "bhse", -1: "bhte", 3: "bhts", 4: "h"}
 
 
 def _attention_sites(node: Node) -> dict[Port, Site] | None:
@@ -93,13 +107,18 @@ def _attention_sites(node: Node) -> dict[Port, Site] | None:
         value = node.port(port)
         if value is None:
             continue
-        if value.shape is None or len(value.shape) > 4 or (port != 3 and len(value.shape) != 4):
+        rank = len(labels)
+        if value.shape is None or len(value.shape) > rank or (port != 3 and len(value.shape) != rank):
             return None
-        sites[port] = Site(port, tuple(labels[4 - len(value.shape) :]), value.shape)
+        sites[port] = Site(port, tuple(labels[rank - len(value.shape) :]), value.shape)
     return sites
 
 
 _PARTNER = {(0, "d"): (1, -1), (1, "d"): (0, -1), (2, "e"): (-1, 1), (-1, "e"): (2, 1)}
+
+
+def _capped(node: Node) -> bool:
+    return attribute(node, "softcap") is not None
 
 
 def _attention_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
@@ -113,10 +132,12 @@ def _attention_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     labels = [asker.labels[a] for a in axes]
     channel = "d" if "d" in labels else "e" if "e" in labels else ""
     if act is Act.SHIFT:
-        if port in (1, 3) and "s" not in labels:
+        if port in (1, 3) and "s" not in labels and 4 not in sites and (port == 3 or not _capped(node)):
             return INVISIBLE  # it adds the same to all scores of a row
-        if port in (0, 1, 3):
+        if port in (0, 1, 3, 4):
             return Block("a shift changes the scores")
+        if 4 in sites:
+            return Block("with sinks, its rows do not sum to one")
         if port == -1 and "t" in labels and not channel:
             return Block("its rows are weighted sums of the same values")
         if flag(node, "safe") and 3 in sites:
@@ -125,7 +146,7 @@ def _attention_relate(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
         return _attention_permute(node, sites, asker, axes)
     elif not channel and act is not Act.SCALE:
         return Block("it treats heads, rows and batches by themselves")
-    elif port == 3:
+    elif port in (3, 4):
         return Block("a scale changes the scores")
     # contraction on d or e, or a factor (or shift) for whole heads or batches
     partner, variance = _PARTNER[port, channel or asker.labels[3]]
@@ -176,14 +197,14 @@ def _attention_channels(node: Node) -> Sequence[tuple[Port, Axes]]:
 attention = register(
     OpDef(
         "attention",
-        (Param("q"), Param("k"), Param("v"), Param("mask", optional=True)),
+        (Param("q"), Param("k"), Param("v"), Param("mask", optional=True), Param("sinks", optional=True)),
         _attention_infer,
         _attention_evaluate,
         _attention_relate,
         _attention_channels,
         family="attention",
         summary="o[b, h, t] = sum_s softmax_s(scale q[b, h, t] . k[b, h', s] + mask) v[b, h', s], h' = h // (H / Hk)",
-        attributes={"scale": None, "causal": False, "safe": False},
+        attributes={"scale": None, "causal": False, "safe": False, "softcap": None},
     )
 )
 
