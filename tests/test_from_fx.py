@@ -124,7 +124,15 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "rounding": (lambda x: (x.floor(), x.ceil(), x.round()), (X * 3,)),
     "activations": (lambda x: (F.relu(x), F.gelu(x), F.gelu(x, approximate="tanh"), F.silu(x), F.elu(x)), (X,)),
     "more-activations": (
-        lambda x: (F.hardswish(x), F.hardsigmoid(x), F.hardtanh(x), F.relu6(x), F.mish(x), F.glu(x), F.leaky_relu(x, 0.2)),
+        lambda x: (
+            F.hardswish(x),
+            F.hardsigmoid(x),
+            F.hardtanh(x),
+            F.relu6(x),
+            F.mish(x),
+            F.glu(x),
+            F.leaky_relu(x, 0.2),
+        ),
         (X,),
     ),
     "softplus": (lambda x: (F.softplus(x), F.softplus(x, beta=2.0), F.logsigmoid(x)), (X,)),
@@ -135,7 +143,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "logic": (lambda m, n: (m & n, m | n, m ^ n, ~m, m.logical_not(), m == n, m != n), (MASK, Y > 0)),
     "choices": (lambda m, x: (torch.where(m, x, 0.0), x.masked_fill(m, -torch.inf), torch.where(m, 1, x)), (MASK, X)),
     "addcmul": (lambda x, y: (torch.addcmul(x, y, y, value=0.5), torch.addcdiv(x, y, y + 3)), (X, Y)),
-    "casts": (lambda x, i: (x.to(torch.float64), i.float(), x.double().float(), x.to(torch.int64), i.bool()), (X, INTS)),
+    "casts": (
+        lambda x, i: (x.to(torch.float64), i.float(), x.double().float(), x.to(torch.int64), i.bool()),
+        (X, INTS),
+    ),
     "sums": (lambda x: (x.sum(), x.sum(1), x.mean((0, 2), keepdim=True), x.mean(), x.prod(1), (x > 0).sum(-1)), (X,)),
     "reduced": (lambda x: (x.amax(1), x.amin((0, 1)), x.max(), x.max(dim=1).values, x.norm(dim=-1)), (X,)),
     "truth": (lambda m: (m.any(), m.all(1), m.any(-1, keepdim=True)), (MASK,)),
@@ -150,29 +161,58 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
     "repeats": (lambda x: (x.repeat(1, 2, 1), x.repeat(2, 1, 1, 1), x.repeat_interleave(3, 1)), (X,)),
     "roll": (lambda x: (x.roll(1, 1), x.roll((1, -2), (1, 2)), x.flip(1), x.flip((0, 2))), (X,)),
     "pad": (
-        lambda x: (F.pad(x, (1, 2)), F.pad(x, (0, 1, 2, 0), value=1.5), F.pad(x, (1, 1), mode="reflect"), F.pad(x, (-1, 0))),
+        lambda x: (
+            F.pad(x, (1, 2)),
+            F.pad(x, (0, 1, 2, 0), value=1.5),
+            F.pad(x, (1, 1), mode="reflect"),
+            F.pad(x, (-1, 0)),
+        ),
         (X,),
     ),
-    "replicate": (lambda x: (F.pad(x, (1, 2, 0, 1), mode="replicate"), F.pad(x, (1, 1, 2, 2), mode="circular")), (IMAGE,)),
+    "replicate": (
+        lambda x: (F.pad(x, (1, 2, 0, 1), mode="replicate"), F.pad(x, (1, 1, 2, 2), mode="circular")),
+        (IMAGE,),
+    ),
     "triangles": (lambda x: (x.tril(), x.triu(1), x.tril(-1)), (X,)),
-    "shuffles": (lambda x: (F.pixel_shuffle(x, 2), F.channel_shuffle(x, 2), F.pixel_unshuffle(x[..., :8], 2)), (IMAGE,)),
+    "shuffles": (
+        lambda x: (F.pixel_shuffle(x, 2), F.channel_shuffle(x, 2), F.pixel_unshuffle(x[..., :8], 2)),
+        (IMAGE,),
+    ),
     "factories": (
-        lambda x: (x.new_ones(2, 3), torch.zeros_like(x), torch.full((2,), 3.5), torch.ones(2, dtype=torch.int64), x.new_zeros(())),
+        lambda x: (
+            x.new_ones(2, 3),
+            torch.zeros_like(x),
+            torch.full((2,), 3.5),
+            torch.ones(2, dtype=torch.int64),
+            x.new_zeros(()),
+        ),
         (X,),
     ),
     "ranges": (lambda x: (torch.arange(5), torch.arange(1, 9, 2), torch.arange(3.0), x + torch.arange(4)), (X,)),
-    "meshgrid": (lambda x, y: torch.meshgrid(x, y, indexing="ij") + torch.meshgrid(x, y, indexing="xy"), (X[0, 0], Y[0, :, 0])),
+    "meshgrid": (
+        lambda x, y: torch.meshgrid(x, y, indexing="ij") + torch.meshgrid(x, y, indexing="xy"),
+        (X[0, 0], Y[0, :, 0]),
+    ),
     "lookups": (lambda t, i: (F.embedding(i, t), t[i], t.index_select(0, i[0]), t[:, i[0]]), (rand(3, 4), IDS)),
     "several-indices": (lambda x, i: (x[i, i], x[:, i[0], i[1]], x[i[:, :1], i[:1]]), (rand(3, 3, 4), IDS)),
     "gather": (lambda x, i: (x.gather(1, i), x.gather(0, i % 2), x.gather(1, i[:, :2])), (rand(2, 3), IDS)),
-    "scatter": (lambda x, i: (x.scatter(1, i % 2 + torch.arange(3) % 2, 0.5), x.scatter(0, i[:1] % 2, x[:1])), (rand(2, 4)[:, :3], IDS)),
+    "scatter": (
+        lambda x, i: (x.scatter(1, i % 2 + torch.arange(3) % 2, 0.5), x.scatter(0, i[:1] % 2, x[:1])),
+        (rand(2, 4)[:, :3], IDS),
+    ),
     "index-add": (lambda x, i: (x.index_add(0, i[1], x), x.index_add(1, i[0], x[:, :3], alpha=2)), (rand(3, 4), IDS)),
-    "index-put": (lambda x, i: (_put(x[0, 0], i[0]), x.index_put((i[0],), x[:1], accumulate=True)), (rand(3, 3, 4), IDS)),
+    "index-put": (
+        lambda x, i: (_put(x[0, 0], i[0]), x.index_put((i[0],), x[:1], accumulate=True)),
+        (rand(3, 3, 4), IDS),
+    ),
     "ordered": (lambda x: (*x.topk(2), *x.topk(1, dim=1, largest=False), x.cumsum(1), (x > 0).cumsum(-1)), (X,)),
     "one-hot": (lambda i: (F.one_hot(i, 4), i.diff(), i.diff(prepend=i[:, :1])), (IDS,)),
     "written": (lambda x: _written(x), (X,)),
     "products": (lambda x, y: (x @ y.mT, torch.bmm(x, y.mT), x[0] @ y[0].T, x @ y[0, 0]), (X, Y)),
-    "addmm": (lambda x, y, b: (torch.addmm(b, x, y), torch.addmm(b, x, y, beta=0.5, alpha=2)), (rand(2, 3), rand(3, 4), rand(4))),
+    "addmm": (
+        lambda x, y, b: (torch.addmm(b, x, y), torch.addmm(b, x, y, beta=0.5, alpha=2)),
+        (rand(2, 3), rand(3, 4), rand(4)),
+    ),
     "baddbmm": (lambda x, y, b: (torch.baddbmm(b, x, y, beta=0, alpha=0.3), b.baddbmm(x, y)), (X, Y.mT, rand(2, 3, 3))),
     "einsum": (
         lambda x, y: (
@@ -185,21 +225,42 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         ),
         (X, Y),
     ),
-    "conv1d": (lambda x, w, b: (F.conv1d(x, w, b, 2, 1), F.conv1d(x, w, padding="same", dilation=3)), (rand(2, 4, 9), rand(6, 4, 3), rand(6))),
+    "conv1d": (
+        lambda x, w, b: (F.conv1d(x, w, b, 2, 1), F.conv1d(x, w, padding="same", dilation=3)),
+        (rand(2, 4, 9), rand(6, 4, 3), rand(6)),
+    ),
     "same-even": (lambda x, w: F.conv2d(x, w, padding="same"), (IMAGE, rand(3, 4, 2, 4))),
-    "conv2d": (lambda x, w: (F.conv2d(x, w, stride=(1, 2), padding=(0, 1), dilation=2), F.conv2d(x[0], w)), (IMAGE, rand(6, 4, 3, 2))),
+    "conv2d": (
+        lambda x, w: (F.conv2d(x, w, stride=(1, 2), padding=(0, 1), dilation=2), F.conv2d(x[0], w)),
+        (IMAGE, rand(6, 4, 3, 2)),
+    ),
     "grouped": (lambda x, w: F.conv2d(x, w, groups=4, padding=1), (IMAGE, rand(8, 1, 3, 3))),
-    "transposed": (lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1, groups=2), (IMAGE, rand(4, 3, 3, 3))),
+    "transposed": (
+        lambda x, w: F.conv_transpose2d(x, w, stride=2, padding=1, output_padding=1, groups=2),
+        (IMAGE, rand(4, 3, 3, 3)),
+    ),
     "conv3d": (lambda x, w: F.conv3d(x, w, stride=2), (rand(1, 2, 4, 5, 6), rand(3, 2, 2, 2, 2))),
     "pools": (
-        lambda x: (F.max_pool2d(x, 3, 2, 1), F.avg_pool2d(x, 2), F.avg_pool2d(x, 3, 2, 1), F.max_pool2d(x, 2, ceil_mode=True)),
+        lambda x: (
+            F.max_pool2d(x, 3, 2, 1),
+            F.avg_pool2d(x, 2),
+            F.avg_pool2d(x, 3, 2, 1),
+            F.max_pool2d(x, 2, ceil_mode=True),
+        ),
         (IMAGE,),
     ),
     "more-pools": (
-        lambda x: (F.avg_pool2d(x, 3, 2, 1, count_include_pad=False), F.avg_pool2d(x, 2, ceil_mode=True), F.max_pool1d(x[0], 2)),
+        lambda x: (
+            F.avg_pool2d(x, 3, 2, 1, count_include_pad=False),
+            F.avg_pool2d(x, 2, ceil_mode=True),
+            F.max_pool1d(x[0], 2),
+        ),
         (IMAGE,),
     ),
-    "adaptive": (lambda x: (F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (4, 3)), F.adaptive_max_pool2d(x, 1)), (IMAGE,)),
+    "adaptive": (
+        lambda x: (F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (4, 3)), F.adaptive_max_pool2d(x, 1)),
+        (IMAGE,),
+    ),
     "resized": (
         lambda x: (
             F.interpolate(x, scale_factor=2.0),
@@ -211,7 +272,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         (IMAGE,),
     ),
     "norms": (
-        lambda x, g: (F.layer_norm(x, (4,), g, g), F.layer_norm(x, (3, 4)), F.rms_norm(x, (4,), g, 1e-5), F.rms_norm(x, (4,))),
+        lambda x, g: (
+            F.layer_norm(x, (4,), g, g),
+            F.layer_norm(x, (3, 4)),
+            F.rms_norm(x, (4,), g, 1e-5),
+            F.rms_norm(x, (4,)),
+        ),
         (X, rand(4)),
     ),
     "group-norms": (lambda x, g: (F.group_norm(x, 2, g, g), F.instance_norm(x), F.group_norm(x, 4)), (IMAGE, rand(4))),
@@ -225,8 +291,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {
         ),
         (rand(2, 3, 4, 5), rand(2, 3, 6, 5), rand(4, 6)),
     ),
-    "shared-heads": (lambda q, k: F.scaled_dot_product_attention(q, k, k, enable_gqa=True), (rand(2, 4, 3, 5), rand(2, 2, 6, 5))),
-}  # fmt: skip
+    "shared-heads": (
+        lambda q, k: F.scaled_dot_product_attention(q, k, k, enable_gqa=True),
+        (rand(2, 4, 3, 5), rand(2, 2, 6, 5)),
+    ),
+}
 
 
 def _written(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -723,6 +792,7 @@ def test_control_flow_inside_the_graph() -> None:
 
 # -- python targets ------------------------------------------------------------------------------------------
 
+FORM = "expected a function that returns (model, example inputs)"
 TARGET = """
 import torch
 
@@ -764,15 +834,23 @@ def test_a_python_target(folder: Path, target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "text", "hint"),
     [
-        ("some_models:buidl", "target 'some_models:buidl': module 'some_models' has no 'buidl'", "did you mean 'build'?"),
+        (
+            "some_models:buidl",
+            "target 'some_models:buidl': module 'some_models' has no 'buidl'",
+            "did you mean 'build'?",
+        ),
         ("some_model:build", "module 'some_model': not found", "did you mean 'some_models'?"),
         ("some_model.py:build", "some_model.py: no such file", "did you mean 'some_models.py'?"),
-        ("some_models:number", "target 'some_models:number': 'number' is a int; expected a function that returns (model, example inputs)", None),
-        ("some_models:nothing", "target 'some_models:nothing': returns a NoneType; expected a function that returns (model, example inputs)", None),
+        ("some_models:number", "target 'some_models:number': 'number' is a int; " + FORM, None),
+        ("some_models:nothing", "target 'some_models:nothing': returns a NoneType; " + FORM, None),
         ("some_models:broken", "target 'some_models:broken': fails: ValueError: no weights", None),
-        ("some_models:alone", "inputs: a torch module is captured on example inputs; got none", "capture(model, inputs) with a tensor, a tuple of arguments, or a dict of keyword arguments"),
+        (
+            "some_models:alone",
+            "inputs: a torch module is captured on example inputs; got none",
+            "capture(model, inputs) with a tensor, a tuple of arguments, or a dict of keyword arguments",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_targets(folder: Path, target: str, text: str, hint: str | None) -> None:
     with pytest.raises(PlanishError) as caught:
         planish.capture(target)

@@ -91,18 +91,18 @@ def test_router_and_experts_are_readers_and_writers():
 def test_layer_norm_decoder(tied):
     graph = decoder_blocks.layer_norm_decoder(tied=tied)
     after, report = transformed(graph, f"{NO_BLOCKS},rotate-channels")
-    assert kinds(report.passes[-1]) == ["chain 8 x 4", "chain 8 x 4", "residual 32", "value 8 x 4", "value 8 x 4"]
+    assert kinds(report.passes[-1]) == ["key 8 x 4", "key 8 x 4", "residual 32", "value 8 x 4", "value 8 x 4"]
     assert ("table.untied" in after.values) == tied
     assert not any(n.op.name == "layer_norm" for n in after.nodes)
 
 
 def test_vision():
-    assert kinds(rotated(decoder_blocks.vision())) == ["chain 8 x 4", "residual 32", "value 8 x 4"]
+    assert kinds(rotated(decoder_blocks.vision())) == ["key 8 x 4", "residual 32", "value 8 x 4"]
 
 
 def test_chains_of_linears():
     report = rotated(decoder_blocks.latent())
-    assert kinds(report) == ["chain 12", "chain 24"]
+    assert kinds(report) == ["hidden 12", "hidden 24"]
     assert report.applied[1].endswith("hadamard 12 x 2")
 
 
@@ -223,7 +223,7 @@ def test_blocks_and_orders_without_a_matrix():
     said = {}
     for options in ("fallback=dct", "fallback=block", "block=4", "kind=random block=23"):
         _, report = transformed(graph, f"rotate-channels{{{options}}}")
-        said[options] = report.passes[0].applied[0].removeprefix("%linear: chain, ")
+        said[options] = report.passes[0].applied[0].removeprefix("%linear: hidden, ")
     assert said == {
         "fallback=dct": "92 channels: dct 23 x hadamard 4 (there is none of order 92)",
         "fallback=block": "92 channels: 23 blocks of hadamard 4 (there is none of order 92)",

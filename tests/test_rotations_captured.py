@@ -97,7 +97,7 @@ def roles(report: Report) -> list[str]:
 
 
 VALUES = ["value 2 blocks of 8"] * 2
-HEADS = ["chain 4 blocks of 8"] * 2 + ["residual 32 channels"] + ["value 4 blocks of 8"] * 2
+HEADS = ["key 4 blocks of 8"] * 2 + ["residual 32 channels"] + ["value 4 blocks of 8"] * 2
 EXPECTED: dict[str, tuple[list[str], int, Callable[[Report], bool]]] = {
     # name: what is rotated, the number of online transforms, anything else
     "llama": (["residual 32 channels", *VALUES], 6, lambda r: not r["fold-norm-gain"].declined),
@@ -115,7 +115,7 @@ EXPECTED: dict[str, tuple[list[str], int, Callable[[Report], bool]]] = {
         lambda r: len(r["center-layer-norm"].applied) == 1,
     ),
     "gpt-neox": (
-        ["chain 4 blocks of 4"] * 2 + HEADS[2:],
+        ["key 4 blocks of 4"] * 2 + HEADS[2:],
         6,
         lambda r: len(r["center-layer-norm"].applied) == 5,
     ),
@@ -152,8 +152,8 @@ def test_all_rotations_more(name):
 def test_low_rank_paths():
     """Latent attention: linear, linear; linear, RMS norm, linear; a key that is shared by all heads."""
     _, after, report = rotated("latent")
-    assert roles(report).count("chain 24 channels") == 2  # queries
-    assert roles(report).count("chain 16 channels") == 2  # keys and values
+    assert roles(report).count("hidden 24 channels") == 2  # queries
+    assert roles(report).count("hidden 16 channels") == 2  # keys and values
     assert "residual 32 channels" in roles(report)
     assert sum(n.op.name == "hadamard" for n in after.nodes) == 6
 

@@ -122,7 +122,7 @@ def test_queries_against_keys_and_values():
     report = transformed(decoder_blocks.layer_norm_decoder(layers=1), "transform-channels{kind=invertible}")[1].passes[
         0
     ]
-    assert kinds(report) == ["chain 8 x 4", "value 8 x 4"]
+    assert kinds(report) == ["key 8 x 4", "value 8 x 4"]
 
 
 def test_one_role_only():
@@ -144,7 +144,7 @@ def test_given(tmp_path):
     save_file({"linear": m}, path)
     graph = chain()
     after, report = transformed(graph, f"transform-channels{{kind=invertible matrices={path}}}")
-    assert report.passes[0].applied == ["%linear: chain, 6 channels: invertible, given, condition 3"]
+    assert report.passes[0].applied == ["%linear: hidden, 6 channels: invertible, given, condition 3"]
     assert np.allclose(after.values["w"].constant.wide(), m @ graph.values["w"].constant.wide(), rtol=1e-12)
 
 

@@ -1,34 +1,14 @@
-"""What passes that mix channels look at: the role of a space by its structure, its second moment, words for reports."""
+"""What passes that mix channels look at: the second moment of a space, and words for reports."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
-from planish.ir.ops.contraction import rows_sum_to_one
 from planish.ir.spaces import Member, Space
 from planish.ir.stats import Stats
 from planish.ir.transform import copies
 
 READERS = frozenset({"linear", "gemm", "matmul"})
-
-
-def role(space: Space) -> Literal["residual", "value", "chain"]:
-    """What a space is by its structure: `value` if attention averages it, `residual` if activations meet in a sum."""
-    values = {member.value for member in space.activations if member.value is not None}
-    for value in values:
-        for node in value.users:
-            averaged = node.operand(2 if node.op.name == "attention" else 1)
-            if averaged is value and (
-                node.op.name == "attention" or (node.op.name == "matmul" and rows_sum_to_one(node.operands[0]))
-            ):
-                return "value"
-    for value in values:
-        made = value.producer
-        if made is not None and made.op.name in ("add", "sub") and all(v in values for v in made.operands):
-            return "residual"
-    return "chain"
 
 
 def second_moment(space: Space, stats: Stats) -> np.ndarray | None:
@@ -90,9 +70,3 @@ def said_ties(space: Space) -> str:
         if member.value is not None and not member.private and len(set(member.value.users)) > 1
     }
     return f"; stays tied: {' '.join(f'%{name}' for name in sorted(shared))}" if shared else ""
-
-
-def title(space: Space) -> str:
-    """The name of a space in reports: that of its first tensor."""
-    value = space.activations[0].value
-    return value.name if value is not None else ""

@@ -27,8 +27,8 @@ from planish.ir.types import Dim
 from planish.passes.base import Context, Exactness
 from planish.passes.heads import Lead, as_before, lead_of, lifted, per_head, repeated
 from planish.passes.masks import one_mask
-from planish.passes.match import PatternPass, Rule, Site, Trail, attribute, is_op, only_reader
-from planish.passes.scores import Ahead, Scores, ahead_of, scores_behind, unscaled, widened_by
+from planish.passes.match import PatternPass, Rule, Site, Trail, attribute, is_op, only_reader, widens
+from planish.passes.scores import Ahead, Scores, ahead_of, scores_behind, unscaled
 
 STEPS = 6
 
@@ -96,7 +96,7 @@ def _match(node: Node, trail: Trail) -> Site | None:
         return trail.miss(4, "q, k and v have not as many axes as the scores", scores.product)
     if _broadcast(q, kt, v, scores, ahead):
         return trail.miss(4, "q, k and v are broadcast against each other", scores.product)
-    if widened_by(scores):
+    if any(widens(mask.value, mask.at) for mask in scores.masks):
         return trail.miss(5, "the scores are broadcast against the mask", scores.product)
     masks = [mask.value for mask in scores.masks if mask.kind != "floor"]
     return Site(

@@ -24,13 +24,14 @@ from typing import Literal
 import numpy as np
 
 from planish.ir.absorb import absorb
-from planish.ir.graph import Graph
+from planish.ir.graph import Graph, Node
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.channels import kind_of, positions, title
 from planish.passes.hadamard import choose_rotation, cut, describe
-from planish.passes.mixing_sites import mixable, role, said_blocks, said_ties, second_moment, title
+from planish.passes.mixing_sites import mixable, said_blocks, said_ties, second_moment
 from planish.passes.ties import Tie, copy_name, shared, untie
 
 
@@ -57,8 +58,9 @@ class RotateChannels(Pass):
         rng = np.random.default_rng(context.seed if self.seed is None else self.seed)
         if self.untie:
             report.notes += untie(graph, self._ties(graph))
-        found = [(space, role(space)) for space in analyse(graph).of(Act.ROTATE)]
-        wanted = [(space, what) for space, what in found if self._wants(space)]
+        place = positions(graph)
+        found = analyse(graph).of(Act.ROTATE)
+        wanted = [(space, kind_of(space, place)) for space in found if self._wants(space, place)]
         if not wanted:
             which = "rotation" if self.space == "all" else self.space
             report.misses.append(
@@ -72,18 +74,20 @@ class RotateChannels(Pass):
                     report.decline(refusal.reason, refusal.node or space.activations[0].value)
         return report
 
-    def _wants(self, space: Space) -> bool:
-        return self.space in ("all", role(space)) and mixable(space)
+    def _wants(self, space: Space, place: dict[Node, int]) -> bool:
+        return mixable(space) and (self.space == "all" or self.space == kind_of(space, place))
 
     def _ties(self, graph: Graph) -> list[Tie]:
         """The constants that keep a rotation from a space which it reaches once they are untied, tried on a copy."""
-        spaces = [space for space in analyse(graph).of(Act.ROTATE) if self._wants(space)]
+        place = positions(graph)
+        spaces = [space for space in analyse(graph).of(Act.ROTATE) if self._wants(space, place)]
         ties = list(dict.fromkeys(tie for space in spaces if space.blockers for tie in shared(space)))
         if not ties:
             return []
         trial = graph.clone()
         untie(trial, ties)
-        free = [space for space in analyse(trial).admitted(Act.ROTATE) if self._wants(space)]
+        place = positions(trial)
+        free = [space for space in analyse(trial).admitted(Act.ROTATE) if self._wants(space, place)]
         before = set[str]().union(*(_tensors(space) for space in spaces if space.admitted))
         won = [space for space in free if not _tensors(space) <= before]
         reached = {m.value.name for space in won for m in space.constants if m.value is not None}

@@ -236,11 +236,6 @@ def _unmasked(node: Node, trail: Trail) -> Iterator[tuple[Value, Any]]:
                 trail.miss(3, f"masked scores become {number:g}; expected -inf or the lowest float", node)
 
 
-def widened_by(scores: Scores) -> bool:
-    """True if a mask may widen the scores."""
-    return any(widens(m.value, m.at) for m in scores.masks)
-
-
 def unscaled(value: Value, reader: Node) -> tuple[Value, float]:
     """(x, s) of a value s x that only `reader` reads."""
     total = 1.0

@@ -34,7 +34,8 @@ from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Mix
 from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.channel_transforms import block_rotations, invertible, kronecker, kronecker_sizes
-from planish.passes.mixing_sites import mixable, role, said_blocks, second_moment, title
+from planish.passes.channels import kind_of, positions, title
+from planish.passes.mixing_sites import mixable, said_blocks, second_moment
 
 
 def load_matrices(path: str) -> dict[str, np.ndarray]:
@@ -74,13 +75,15 @@ class TransformChannels(Pass):
         rng = np.random.default_rng(context.seed if self.seed is None else self.seed)
         given = load_matrices(self.matrices) if self.matrices is not None else None
         act = Act.ROTATE if self.kind == "block" else Act.LINEAR
-        found = [s for s in analyse(graph).of(act) if self.space in ("all", role(s)) and mixable(s)]
+        place = positions(graph)
+        kinds = [(space, kind_of(space, place)) for space in analyse(graph).of(act) if mixable(space)]
+        found = [(space, kind) for space, kind in kinds if self.space in ("all", kind)]
         if not found:
             report.misses.append(f"no space of kind {self.space} that a {act.value} map could act on")
         with Rewriter(graph) as rewriter:
-            for space in context.progress(found, self.name):
+            for space, kind in context.progress(found, self.name):
                 try:
-                    self._space(rewriter, space, given, rng, context, report)
+                    self._space(rewriter, space, kind, given, rng, context, report)
                 except Declined as refusal:
                     report.decline(refusal.reason, refusal.node or space.activations[0].value)
         return report
@@ -89,6 +92,7 @@ class TransformChannels(Pass):
         self,
         rewriter: Rewriter,
         space: Space,
+        kind: str,
         given: Mapping[str, np.ndarray] | None,
         rng: np.random.Generator,
         context: Context,
@@ -116,7 +120,7 @@ class TransformChannels(Pass):
         sizes = {len(i) for i in blocks}
         shape = f" {' x '.join(map(str, kronecker_sizes(max(sizes))))}" if self.kind == "kronecker" else ""
         what = f"{self.kind}{shape}, {source}, condition {worst:.3g}"
-        report.applied.append(f"%{title(space)}: {role(space)}, {said_blocks(blocks)}: {what}")
+        report.applied.append(f"%{title(space)}: {kind}, {said_blocks(blocks)}: {what}")
         report.figures[title(space)] = {"condition": worst}
 
     def _unmeasured(self) -> str:
