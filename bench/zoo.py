@@ -13,6 +13,7 @@ analysis < 15 s for each model on an idle core.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -64,10 +65,14 @@ class Worker:
         """The answer to a request; where the worker hangs or dies, a failure that says so."""
         process = self.process or self._start()
         assert process.stdin is not None
-        process.stdin.write(json.dumps(request) + "\n")
+        with contextlib.suppress(BrokenPipeError):  # it died: there is no answer then
+            process.stdin.write(json.dumps(request) + "\n")
         found = self._answer(process, limit)
         if found is None:
-            code = process.poll()
+            try:
+                code = process.wait(timeout=2)  # it may just have died
+            except subprocess.TimeoutExpired:
+                code = None
             self.stop()
             reason = f"no answer within {limit:g} s" if code is None else f"the process ended with code {code}"
             return {"name": request["name"], "captured": False, "errors": [], "failed": "measuring", "reason": reason}
@@ -101,6 +106,7 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
+ROTATION = ("linears_with_rotation", "linears_with_rotation_folded")
 COLUMNS = (
     "model", "kind", "nodes", "opaque", "seconds", "permute", "scale", "shift", "rotate", "linear", "with scale",
     "with rotation", "blockers", "error",
@@ -121,7 +127,7 @@ def cells(row: dict[str, Any], kind: str) -> list[str]:
     return [
         row["name"], kind, str(row["nodes"]), share(sum(row["opaque"].values()), row["nodes"]),
         f"{total_seconds(row):.1f}", *spaces, share(row["linears_with_scale"], row["linears"]),
-        share(row["linears_with_rotation"], row["linears"]), blockers, error,
+        " / ".join(share(row[k], row["linears"]) for k in ROTATION if k in row), blockers, error,
     ]  # fmt: skip
 
 
@@ -175,11 +181,14 @@ def summarise(rows: list[dict[str, Any]]) -> list[str]:
         blockers.update(dict(r["blockers"]))
         groups.update(r["groups"])
     linears = sum(r["linears"] for r in good)
+    folded = ""
+    if all(ROTATION[1] in r for r in good):
+        folded = f", once gains and means are folded: {share(sum(r[ROTATION[1]] for r in good), linears)}"
     return [
         f"{sum(r['captured'] for r in rows)} of {len(rows)} models captured, {sum(map(equivalent, rows))} equivalent "
         "after all exact passes on both seeds",
         f"linears whose input has a scale space: {share(sum(r['linears_with_scale'] for r in good), linears)}; with a "
-        f"rotation space on their input or output: {share(sum(r['linears_with_rotation'] for r in good), linears)}",
+        f"rotation space on their input or output: {share(sum(r[ROTATION[0]] for r in good), linears)}" + folded,
         f"opaque nodes: {share(sum(opaque.values()), sum(r['nodes'] for r in good))}"
         + (f" ({_counts(opaque)})" if opaque else ""),
         f"what blocks most: {_counts(blockers)}",

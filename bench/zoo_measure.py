@@ -154,6 +154,7 @@ def _measure_seed(name: str, seed: int, found: dict[str, Any], at: Any) -> None:
         spaces = planish.ir.spaces.analyse(raised)
         seen = inspect(raised, spaces=spaces)
         analysis = time.process_time() - start
+        folded, _ = Pipeline("fold-batch-norm,center-layer-norm,fold-norm-gain").run(raised, validate=False)
         found |= {
             "seconds": {"capture": captured, "raise": raising, "analysis": analysis},
             "captured_nodes": len(graph),
@@ -164,6 +165,7 @@ def _measure_seed(name: str, seed: int, found: dict[str, Any], at: Any) -> None:
             "linears": seen.linears,
             "linears_with_scale": seen.linears_with["scale"],
             "linears_with_rotation": with_rotation(raised, spaces),
+            "linears_with_rotation_folded": with_rotation(folded, planish.ir.spaces.analyse(folded)),
             "blockers": Counter(op for _, op, _, n in seen.obstacles for _ in range(n)).most_common(8),
             "ops": Counter(n.op.name for n in raised.nodes).most_common(),
         }

@@ -32,7 +32,14 @@ import zoo_models
 if TYPE_CHECKING:
     import torch
 
-PINS = ("torch==2.13.0", "transformers==5.17.0", "llmcompressor==0.14.0", "brevitas==0.13.4", "scipy")
+PINS = (
+    "torch==2.13.0",
+    "transformers==5.17.0",
+    "llmcompressor==0.14.0",
+    "brevitas==0.13.4",
+    "diffusers==0.42.1",
+    "scipy",
+)
 TOLERANCE = 1e-5  # relative: the weights that the tools write are float32
 LIMIT = 120  # seconds for one model and all tools
 

@@ -592,7 +592,8 @@ def test_capture_takes_models_and_refuses_the_rest(model: Path) -> None:
     with pytest.raises(PlanishError) as caught:
         planish.capture(np.zeros(3))
     assert caught.value.what == (
-        "model: a numpy.ndarray cannot be captured; expected a path to an .onnx file or an onnx.ModelProto"
+        "model: a numpy.ndarray cannot be captured; expected a path to an .onnx file, an onnx.ModelProto, "
+        "a torch.nn.Module or a torch.export.ExportedProgram"
     )
 
 

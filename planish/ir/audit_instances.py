@@ -17,12 +17,12 @@ from planish.ir.audit_trial import Instance, Operand
 from planish.ir.constant import Constant
 
 
-def _a(*shape: int, draw: str = "normal", dtype: str = "f32") -> Operand:
+def _a(*shape: int, draw: Any = "normal", dtype: str = "f32") -> Operand:
     """An activation."""
     return Operand(shape, draw=draw, dtype=dtype)
 
 
-def _c(*shape: int, draw: str = "normal", dtype: str = "f32") -> Operand:
+def _c(*shape: int, draw: Any = "normal", dtype: str = "f32") -> Operand:
     """A constant."""
     return Operand(shape, constant=True, draw=draw, dtype=dtype)
 

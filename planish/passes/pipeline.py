@@ -50,7 +50,7 @@ REGISTRY: dict[str, tuple[str, str]] = {
 # a name that stands for several passes
 GROUPS: dict[str, str] = {
     "raise": "fold-constants,name-constants,raise-activations,raise-norms,raise-linear,raise-rope,raise-attention,"
-    "raise-selective-scan",
+    "raise-selective-scan,fold-constants",
 }
 
 
