@@ -97,6 +97,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save(block(1), tmp_path / "model.onnx")
     x = np.random.default_rng(0).normal(size=(24, 5, WIDTH)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=x)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", COLUMNS)
     before = dict(REGISTRY)
@@ -156,7 +157,6 @@ def test_page_on_the_real_model(page: Path, folder: Path, capsys: pytest.Capture
     (folder / "minilm.onnx").symlink_to(assets.minilm_onnx())
     (folder / "minilm").symlink_to(assets.minilm_dir())
     (folder / "sentences.txt").write_text("\n".join(assets.sentences("calibration", 64)))
-    (folder / "examples").symlink_to(ROOT / "examples")
     for part in blocks(page):
         for command, expected in commands(part) if part.language == "console" else ():
             if REAL in command:

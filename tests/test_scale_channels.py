@@ -419,7 +419,7 @@ def test_balance_reaches_every_site() -> None:
         "rms_norm_19": ("hidden", 8),
     }
     assert places("fused") == {"layer_norm": ("hidden", 8), "transpose": ("key", 8), "transpose_7": ("value", 8)}
-    assert places("convolutions") == {"conv": ("hidden", 4), "conv_1": ("hidden", 12)}
+    assert places("convolutions") == {"conv": ("hidden", 4), "conv_1": ("hidden", 12), "conv_3": ("hidden", 12)}
     assert places("scan") == {
         "rms_norm": ("hidden", 8),
         "linear_1": ("hidden", 12),  # in projection and convolution
@@ -478,7 +478,7 @@ def test_depthwise_convolutions_are_sites() -> None:
     graph = CHANNELS["convolutions"]()
     stats = collect(graph, calibration(graph))
     _, report = run(graph, stats, "scale-channels{method=smoothquant}")
-    assert set(report.figures) == {"relu", "relu_2"}
+    assert set(report.figures) == {"relu", "relu_2", "relu_4"}
     again = collect(run(graph, stats, "scale-channels{method=smoothquant}")[0], calibration(graph))
     assert not np.allclose(again.of("relu_2").largest, stats.of("relu_2").largest)
 
