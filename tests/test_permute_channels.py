@@ -213,6 +213,28 @@ def test_k_sort_orders_pairs_by_the_norms_of_key_rows(interleaved: bool) -> None
     assert not np.array_equal(rope.operands[1].constant.wide(), graph.values["cos"].constant.wide())
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_k_sort_with_tables_per_head(interleaved: bool) -> None:
+    """Each key head gets an order of its own, the query heads of its group follow, and the tables grow."""
+    graph = rotary(0, queries=4, keys=2, interleaved=interleaved)
+    group = 4 if interleaved else 2
+    after, report = run(graph, f"permute-channels{{method=k-sort tables=head group={group}}}")
+
+    def pairs(g: Graph) -> np.ndarray:
+        rows = np.square(g.values["layers.0.k.weight"].constant.wide()).sum(1).reshape(2, 8)
+        return rows.reshape(2, 4, 2).sum(2) if interleaved else rows.reshape(2, 2, 4).sum(1)
+
+    assert not (np.diff(pairs(graph)) <= 0).all()
+    assert (np.diff(pairs(after)) <= 0).all()
+    shapes = [n.operands[1].shape for n in after.nodes if n.op.name == "rope"]
+    assert sorted(s[-3] for s in shapes) == [2, 4]
+    old = graph.values["cos"].constant.nbytes
+    assert report.notes[0] == f"2 rotary embeddings got tables per head: {2 * (2 + 4 - 2) * old} bytes more"
+    _, second = run(after, f"permute-channels{{method=k-sort tables=head group={group}}}")
+    assert second.applied == []
+    assert second.notes == ["0 rotary embeddings got tables per head: 0 bytes more"]
+
+
 def test_k_sort_by_the_gain_of_a_norm_on_the_keys() -> None:
     graph = rotary(1, gains=True)
     after, _ = run(graph, "permute-channels{method=k-sort group=2}")

@@ -3,8 +3,10 @@
     x' = P x        W' = W P^T        b' = P b          P a permutation
 
 Exact to the bit: no number changes, only its place. Every PERMUTE space that is free takes part: hidden
-channels, the residual stream with its embeddings, values, and keys with queries (under rotary embeddings a
-pair of channels moves as one, and the tables of angles with it). Channels of different heads never mix.
+channels, the residual stream with its embeddings, values, and keys with queries. Channels of different heads
+never mix. Under rotary embeddings a pair of channels moves as one, and the tables of angles with it: constant tables
+become the layer's own, with one order for all its heads (`tables=head`: one per key head, the tables grow by the
+number of heads); tables that are computed are one for the model, and so is the order.
 
     sort            by falling calibrated range; without statistics, by the norm of the weights that write
     zigzag          sorted, then dealt to blocks of `group` there and back, so that blocks balance
@@ -32,6 +34,7 @@ from planish.ir.stats import Stats
 from planish.ir.transform import Permute, apply
 from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.channels import behind, channel_norms, channel_ranges, key_side, kind_of, positions, title
+from planish.passes.head_tables import widen_tables
 from planish.passes.orders import choose_order, imbalance, mean_group_range
 from planish.passes.sites import reads_by_weight
 
@@ -46,11 +49,15 @@ class PermuteChannels(Pass):
     method: Literal["sort", "zigzag", "k-sort", "group-by-range"] = "sort"
     group: int = 64  # channels that share a range
     space: Literal["all", "residual", "hidden", "key", "value"] = "all"
+    tables: Literal["layer", "head"] = "layer"  # rotary tables: one order for the heads of a layer, or one per head
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         if self.group < 1:
             raise PlanishError(f"pass '{self.name}': expected a positive group; got {self.group}")
         report = PassReport(self.name)
+        if self.tables == "head" and self.space in ("all", "key"):
+            changed, grown = widen_tables(graph)
+            report.notes.append(f"{changed} rotary embeddings got tables per head: {grown} bytes more")
         place = positions(graph)
         found = 0
         with Rewriter(graph) as rewriter:
