@@ -29,6 +29,7 @@ EXACT = (
     "permute-channels{method=sort}",
     "permute-channels{method=zigzag group=8}",
     "permute-channels{method=k-sort}",
+    "permute-channels{method=k-sort group=2 tables=head}",
     "permute-channels{method=group-by-range group=4}",
     "rotate-channels{kind=hadamard space=value}",
     "rotate-channels{kind=random space=all}",
