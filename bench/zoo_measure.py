@@ -40,9 +40,9 @@ EXACT = (
     "scale-channels{method=balance}",
     "reparameterize-norm",
     "permute-channels{method=sort}",
-    "center-layer-norm",
-    "fold-norm-gain",
-    "rotate-channels{kind=hadamard space=all}",
+    "center-layer-norm{untie=true}",
+    "fold-norm-gain{untie=true}",
+    "rotate-channels{kind=hadamard space=all untie=true}",
     "transform-channels{kind=kronecker}",
     "insert-hadamard{sites=all}",
     "merge-hadamards",
@@ -154,7 +154,7 @@ def _measure_seed(name: str, seed: int, found: dict[str, Any], at: Any) -> None:
         spaces = planish.ir.spaces.analyse(raised)
         seen = inspect(raised, spaces=spaces)
         analysis = time.process_time() - start
-        folded, _ = Pipeline("fold-batch-norm,center-layer-norm,fold-norm-gain").run(raised, validate=False)
+        folded, _ = Pipeline("fold-batch-norm,fold-gates,center-layer-norm{untie=true},fold-norm-gain{untie=true}").run(raised, validate=False)
         found |= {
             "seconds": {"capture": captured, "raise": raising, "analysis": analysis},
             "captured_nodes": len(graph),
