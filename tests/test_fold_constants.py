@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from helpers import random_inputs
 from patterns import Build, counts, golden, reasons, run
 
 from planish.ir.errors import ValidationError
+from planish.ir.evaluator import evaluate
 from planish.ir.graph import Graph
 from planish.passes import fold_constants
 from planish.passes.manager import Pipeline
@@ -130,12 +133,67 @@ def test_reshapes_merge_unless_the_second_copies_a_dim():
 def test_the_size_limit():
     b = Build()
     wide = b("expand", b.random(1, 1 << 16), [64, 1 << 16])  # 16 MB
-    graph = b.output(b("reduce_sum", b("mul", b.input("x", "f32[64, 65536]"), wide), axes=(0, 1)))
+    graph = b.output(b("matmul", b.input("x", "f32[1, 64]"), wide))
     after, report = run(graph, "fold-constants")
     assert "expand" in counts(after)
     assert reasons(report) == ["the constant would grow the model by more than 1 MB"]
     after, report = run(graph, "fold-constants{max-growth=16.0}")
     assert "expand" not in counts(after)
+
+
+@pytest.mark.parametrize("op", ["div", "mul", "max", "less", "where"])
+def test_an_expansion_that_the_op_makes_itself(op: str) -> None:
+    b = Build()
+    x = b.input("x", "f32[batch, 4]")
+    n = b("reduce_l2", x, axes=(1,), keepdims=True)
+    wide = b("expand", n, b("shape", x))
+    operands = [b("less", x, 0.5), wide, x] if op == "where" else [x, wide]
+    before = b.output(b(op, *operands))
+    after, _ = run(before, "fold-constants")
+    assert counts(after).get("expand") is None
+    assert n.name in {v.name for v in after.outputs[0][1].producer.operands}
+    inputs = random_inputs(before, 0)
+    one, two = (next(iter(evaluate(g, inputs).values())) for g in (before, after))
+    assert torch.equal(one, two)
+
+
+def test_a_norm_by_an_expanded_length_lets_a_rotation_pass() -> None:
+    b = Build()
+    y = b("linear", b.input("x", "f32[4, 5]"), b.random(6, 5), b.random(6))
+    length = b("clip", b("reduce_l2", y, axes=(1,), keepdims=True), np.float32(1e-12))
+    graph = b.output(b("linear", b("div", y, b("expand", length, [4, 6])), b.random(3, 6)))
+    assert run(graph, "rotate-channels")[1].applied == []
+    assert run(graph, "fold-constants,rotate-channels")[1].applied == [
+        "%linear: hidden, 6 channels: dct 3 x hadamard 2"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["it makes the rank", "it makes the shape", "an unknown dim", "both are expanded"])
+def test_expansions_that_stay(kind: str) -> None:
+    b = Build()
+    match kind:
+        case "it makes the rank":
+            x = b.input("x", "f32[4]")
+            graph = b.output(b("mul", b("expand", b.input("y", "f32[1, 4]"), [3, 1, 4]), x))
+        case "it makes the shape":
+            graph = b.output(b("mul", b.input("x", "f32[1, 4]"), b("expand", b.input("y", "f32[1, 4]"), [3, 4])))
+        case "an unknown dim":
+            x = b.input("x", "f32[m, 4]")
+            graph = b.output(b("mul", x, b("expand", b.input("y", "f32[n, 4]"), b("shape", x))))
+        case "both are expanded":
+            x, y = (b("expand", b.input(name, "f32[1, 4]"), [3, 4]) for name in "xy")
+            graph = b.output(b("mul", x, y))
+    after, _ = Pipeline("fold-constants").run(graph, validate=kind != "an unknown dim")
+    assert counts(after)["expand"] == 1
+
+
+def test_an_expansion_that_others_read_stays_for_them() -> None:
+    b = Build()
+    x = b.input("x", "f32[3, 4]")
+    wide = b("expand", b.input("y", "f32[1, 4]"), [3, 4])
+    after, _ = run(b.output(b("mul", x, wide), b("neg", wide)), "fold-constants")
+    assert [[v.name for v in n.operands] for n in after.nodes if n.op.name == "mul"] == [["x", "y"]]
+    assert counts(after) == {"expand": 1, "mul": 1, "neg": 1}
 
 
 def test_transposes_of_weights_are_left_to_raise_linear():

@@ -14,30 +14,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planish.ir.errors import PlanishError
+from planish.ir.graph import Graph
 from planish.passes.base import Pass
 from planish.passes.manager import Pipeline
+from planish.passes.options import RANGE, Range, numeric_options
 from planish.passes.pipeline import GROUPS, REGISTRY, make_pass, parse_pipeline, pass_class, print_pass, print_pipeline
 from planish.passes.quantize import Quantize
 from planish.passes.scale_channels import ScaleChannels
 from planish.passes.shift_channels import ShiftChannels
 
 
-def values(hint: Any) -> st.SearchStrategy[Any]:
-    """Values of an option of that type."""
+def values(hint: Any, given: Range | None = None) -> st.SearchStrategy[Any]:
+    """Values of an option of that type, in that range."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
         return st.sampled_from(arguments)
     if origin in (typing.Union, types.UnionType):
-        return st.one_of(*(values(a) for a in arguments))
+        return st.one_of(*(values(a, given) for a in arguments))
     if origin is tuple:
         return st.lists(values(arguments[0]), max_size=3).map(tuple)
     if hint is str:
         printable = st.characters(codec="ascii", exclude_categories=["Cc"])
         return st.one_of(st.text(alphabet, min_size=1, max_size=8) for alphabet in (printable, 'a\\" {}[],='))
+    least, most = (None, None) if given is None else (given.least if given.above is None else given.above, given.most)
+    low, high = (default if end is None else int(end) for end, default in ((least, -1000), (most, 1000)))
     return {
         bool: st.booleans(),
-        int: st.integers(-1000, 1000),
-        float: st.floats(allow_nan=False, allow_infinity=False),
+        int: st.integers(low, high),
+        float: st.floats(
+            least,
+            most,
+            exclude_min=given is not None and given.above is not None,
+            allow_nan=False,
+            allow_infinity=False,
+        ),
         type(None): st.none(),
     }[hint]
 
@@ -46,7 +56,7 @@ def values(hint: Any) -> st.SearchStrategy[Any]:
 def passes(draw: st.DrawFn) -> Pass:
     cls = pass_class(draw(st.sampled_from(sorted(REGISTRY))))
     hints = typing.get_type_hints(cls)
-    drawn = {f.name: draw(values(hints[f.name])) for f in dataclasses.fields(cls)}
+    drawn = {f.name: draw(values(hints[f.name], f.metadata.get(RANGE))) for f in dataclasses.fields(cls)}
     if "skip" in drawn:  # regular expressions, checked when the pass is made
         drawn["skip"] = tuple(map(re.escape, drawn["skip"]))
     return cls(**drawn)
@@ -59,6 +69,72 @@ def test_round_trip(instances: list[Pass]) -> None:
     assert again == instances
     assert print_pipeline(again) == text
     assert [str(p) for p in instances] == [print_pass(p) for p in again]
+
+
+BAD_NUMBERS = {
+    "rotate-channels{block=-1}": "option 'block': expected an integer of at least 1, or none; got -1",
+    "rotate-channels{block=0}": "option 'block': expected an integer of at least 1, or none; got 0",
+    "rotate-channels{seed=-2}": "option 'seed': expected an integer of at least 0, or none; got -2",
+    "insert-hadamard{block=0}": "option 'block': expected an integer of at least 1, or none; got 0",
+    "transform-channels{block=0}": "option 'block': expected an integer of at least 1; got 0",
+    "transform-channels{condition=0.5}": "option 'condition': expected a number of at least 1; got 0.5",
+    "transform-channels{strength=2}": "option 'strength': expected a number from 0 to 1; got 2.0",
+    "scale-channels{steps=0}": "option 'steps': expected an integer of at least 1; got 0",
+    "scale-channels{rows=0}": "option 'rows': expected an integer of at least 1; got 0",
+    "scale-channels{alpha=1.5}": "option 'alpha': expected a number from 0 to 1; got 1.5",
+    "scale-channels{alpha=nan}": "option 'alpha': expected a number from 0 to 1; got nan",
+    "scale-channels{min-gain=-1}": "option 'min-gain': expected a number from 0 to 1; got -1.0",
+    "shift-channels{amount=-1}": "option 'amount': expected a number of at least 0; got -1.0",
+    "permute-channels{group=0}": "option 'group': expected an integer of at least 1; got 0",
+    "isolate-outliers{ratio=0.5}": "option 'ratio': expected a number of at least 1; got 0.5",
+    "isolate-outliers{count=0}": "option 'count': expected an integer of at least 1; got 0",
+    "fold-norm-gain{sink-factor=0}": "option 'sink-factor': expected a number above 0; got 0.0",
+    "fold-constants{max-growth=inf}": "option 'max-growth': expected a number of at least 0; got inf",
+    "quantize{percentile=101}": "option 'percentile': expected a number above 0, at most 100; got 101.0",
+    "quantize{min-rows=-1}": "option 'min-rows': expected an integer of at least 0; got -1",
+    "merge-linears{min-group=0}": "option 'min-group': expected an integer of at least 1; got 0",
+}
+
+
+@pytest.mark.parametrize("text", BAD_NUMBERS)
+def test_numbers_out_of_range(text: str) -> None:
+    with pytest.raises(PlanishError) as error:
+        Pipeline(text)
+    assert str(error.value) == f"pass '{text.partition('{')[0]}': {BAD_NUMBERS[text]}"
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "7", None, float("nan")])
+def test_numbers_given_in_python(value: Any) -> None:
+    expected = (
+        f"^pass 'scale-channels': option 'steps': expected an integer of at least 1; got {re.escape(repr(value))}$"
+    )
+    with pytest.raises(PlanishError, match=expected):
+        ScaleChannels(steps=value)
+
+
+@pytest.mark.parametrize("value", [2.5, True, float("inf")])
+def test_numbers_that_are_no_integers(value: Any) -> None:
+    """As YAML gives them: they are not rounded."""
+    with pytest.raises(PlanishError, match=f"^pass 'scale-channels': option 'steps': expected int; got '{value}'$"):
+        make_pass("scale-channels", {"steps": value})
+    assert make_pass("scale-channels", {"steps": 3.0}) == ScaleChannels(steps=3)
+
+
+@pytest.mark.parametrize("name", [name for name in REGISTRY if name != "lower"])
+def test_every_number_has_a_range(name: str) -> None:
+    """And is checked: a number below the least is refused. (`lower` leaves its opset to the writer of ONNX files.)"""
+    cls = pass_class(name)
+    for option, (whole, _, range_) in numeric_options(cls).items():
+        assert range_ is not None, option
+        least = range_.least if range_.above is None else range_.above
+        assert least is not None, option
+        with pytest.raises(PlanishError, match=f"^pass '{name}': option '{option.replace('_', '-')}': expected a"):
+            cls(**{option: int(least) - 1 if whole else least - 1.0})
+
+
+def test_a_negative_seed() -> None:
+    with pytest.raises(PlanishError, match=r"^seed: expected an integer of at least 0; got -1$"):
+        Pipeline("fold-constants").run(Graph(), seed=-1)
 
 
 @pytest.mark.parametrize("name", REGISTRY)

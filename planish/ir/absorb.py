@@ -41,12 +41,18 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
         raise Declined(space.blockers[0].reason, space.blockers[0].node)
     # readers first: an op behind a blocked producer then stands before theirs
     edges = sorted(dict.fromkeys(map(_Edge, space.blockers)), key=lambda edge: not edge.into)
+    nested = space.nested if edges else ()
     for edge in edges:
         edge.check(space.act)
-    done: set[Value] = set()
+        if edge.blocker.value in nested:
+            raise Declined("an explicit op on nested axes of one tensor is not supported", edge.blocker.node)
+    for site in space.maximal_folds:
+        if not isinstance(transform, Shift) or site.node.op.fold is None:
+            raise Declined(f"{site.node.op.name} has no formula for this transform", site.node)
+    done: dict[Value, set[int]] = {}
     for member in space.maximal_constants:
         _transform_constant(rewriter, member, transform, done)
-    for site in space.folds:
+    for site in space.maximal_folds:
         _fold(rewriter, site, transform)
     for edge in edges:
         edge.insert(rewriter, transform)
@@ -113,17 +119,24 @@ def _applied(member: Member, data: np.ndarray, transform: Transform) -> np.ndarr
     return data.reshape(shape)
 
 
-def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform, done: set[Value]) -> None:
-    """Transform one member; `done` holds the private constants that this space has transformed."""
+def _transform_constant(rewriter: Rewriter, member: Member, transform: Transform, done: dict[Value, set[int]]) -> None:
+    """Transform one member.
+
+    `done` holds the private constants that this space has transformed, with the axes, counted from the right: what
+    a shared constant carries on others of its axes they carry as well.
+    """
     if member.private:
         assert member.node is not None
-        done.add(_give(rewriter, member.node, member.port, transformed(member, transform)))
+        data = transformed(member, transform)
+        axes = {a - len(member.grow or data.shape) for a in member.axes}
+        done.setdefault(_give(rewriter, member.node, member.port, data), set()).update(axes)
         return
-    assert member.value is not None
+    assert member.value is not None and member.value.rank is not None
+    rank = len(member.view) if member.view is not None else member.value.rank
     heirs = [member.value]
     for value in heirs:  # and the copies that another space of the same analysis made private
         heirs += rewriter.heirs.get(value, ())
-        if value in done:
+        if done.get(value, set()) & {a - rank for a in member.axes}:
             continue
         assert value.constant is not None
         data = _applied(member, _held(value.constant, transform), transform)
@@ -166,8 +179,7 @@ def _spread(transform: Shift, atoms: np.ndarray | None, count: int, variance: in
 
 def _fold(rewriter: Rewriter, site: FoldSite, transform: Transform) -> None:
     value = site.node.port(site.port)
-    if not isinstance(transform, Shift) or site.node.op.fold is None:
-        raise Declined(f"{site.node.op.name} has no formula for this transform", site.node)
+    assert isinstance(transform, Shift) and site.node.op.fold is not None
     assert value is not None and value.shape is not None
     dims = [int(value.shape[a]) for a in site.axes]  # type: ignore[arg-type]
     offsets = _spread(transform, site.atoms, math.prod(dims), site.variance).reshape(dims)
@@ -180,7 +192,7 @@ class _Edge:
 
     def __init__(self, blocker: Blocker) -> None:
         self.blocker = blocker
-        self.identity = (
+        self.identity: tuple[int, int, int, Axes, int, str] = (
             id(blocker.node),
             blocker.port,
             id(blocker.value),
@@ -210,6 +222,8 @@ class _Edge:
             raise Declined(f"no explicit op can lift it: {blocker.reason}", blocker.node)
         if act not in (Act.SCALE, Act.SHIFT) and len(blocker.axes) > 1:
             raise Declined("an explicit op on joint axes is not supported", blocker.node)
+        if act in (Act.ROTATE, Act.LINEAR) and blocker.axes[0] != (blocker.value.rank or 0) - 1:
+            raise Declined("an explicit rotation needs the last axis", blocker.node)
         if blocker.value.dtype not in ("f32", "f16", "bf16", "f64"):
             raise Declined("an explicit op needs a float tensor", blocker.node)
 
@@ -272,8 +286,6 @@ def _explicit(
                 "gather", [value, constant(order, "i64")], {"axis": axes[0]}, before=before, names=[hint]
             )
         case Mix():
-            if axes[0] != value.rank - 1:
-                raise Declined("an explicit rotation needs the last axis", before)
             matrix = apply(np.eye(count), (1,), transform, atoms, variance)  # row vector times matrix
             node = rewriter.insert("matmul", [value, constant(matrix, value.dtype)], before=before, names=[hint])
     return node.result

@@ -7,7 +7,7 @@ one part; a `OneOf` is settled so that no blocked part is drawn in.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +15,8 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from planish.ir.graph import Node
-from planish.ir.ops.base import MIXING, Act, Axes, Port
-from planish.ir.space_search import Choice, LinkRecord, Option, Search
+from planish.ir.ops.base import MIXING, Act, Axes, Carry, Fold, OneOf, Port
+from planish.ir.space_search import Choice, LinkRecord, Member, Option, Search
 
 
 def components(count: int, links: Sequence[LinkRecord]) -> list[list[int]]:
@@ -339,6 +339,70 @@ class Chooser:
             self.parent[q] = p
             self.dead[p] = self.dead[p] or self.dead[q]
             self.waiting[p] += self.waiting[q]
+
+
+def block_nested(search: Search, settled: Mapping[tuple[Node, Axes], frozenset[Port]]) -> None:
+    """Block the elements on nested axes of one tensor that a node answers in two ways.
+
+    They are one transform, seen on more axes or on fewer: a node that lets the one show on its result and
+    undoes the other in an operand would carry it out twice. Elements on axes that cross (tied by one that holds
+    both) leave one channel, and constants would take it up once for each. Permutations ask for every port that has
+    the axis, so that both answers hold together.
+    """
+    if search.act is Act.PERMUTE:
+        return
+    members = search.members
+    for value, numbers in search.by_value.items():
+        if len(numbers) < 2 or (value.is_constant and len(value.users) < 2):
+            continue
+        for group in _overlapping([n for n in numbers if members[n].view is None], members):
+            places = [(value.producer, ~value.producer.results.index(value))] if value.producer is not None else []
+            places += [(u, i) for u in dict.fromkeys(value.users) for i, v in enumerate(u.operands) if v is value]
+            sets = [set(members[n].axes) for n in group]
+            if any(len(one | two) > max(len(one), len(two)) for one in sets for two in sets):
+                for n in group:
+                    search.blocked[n].append((None, 0, "it is on axes of this tensor that cross"))
+                continue
+            for node, port in places:
+                answers = {_ports(search, settled, node, port, members[n].axes) for n in group} - {None}
+                if len(answers) > 1:
+                    for n in group:
+                        search.blocked[n].append((node, port, "it meets nested axes of this tensor in two ways"))
+
+
+def _overlapping(numbers: list[int], members: Sequence[Member]) -> list[list[int]]:
+    """Groups of two or more elements whose axes meet, directly or through another."""
+    groups: list[tuple[set[int], list[int]]] = []
+    for number in numbers:
+        axes, own = set(members[number].axes), [number]
+        apart = []
+        for others, inside in groups:
+            if others & axes:
+                axes |= others
+                own += inside
+            else:
+                apart.append((others, inside))
+        groups = [*apart, (axes, own)]
+    return [own for _, own in groups if len(own) > 1]
+
+
+def _ports(
+    search: Search, settled: Mapping[tuple[Node, Axes], frozenset[Port]], node: Node, port: Port, axes: Axes
+) -> frozenset[tuple[Port, int]] | None:
+    """The other ports that carry the transform, each with its variance; None where the row says nothing new."""
+    relation = search.questions.ask(search.answers, node, search.act, port, axes)
+    if isinstance(relation, Carry):
+        links = [k for k in relation.links if k.port != port and node.port(k.port) is not None]
+        if relation.links and not links:
+            return None  # ties within the port
+        return frozenset((k.port, 1 if search.act is Act.ROTATE else k.variance) for k in links)
+    if isinstance(relation, OneOf):
+        value = node.port(port)
+        assert value is not None and value.rank is not None
+        rank = value.rank
+        chosen = settled.get((node, tuple(a - rank for a in axes)))
+        return None if chosen is None else frozenset((p, 0) for p in chosen if p != port)
+    return frozenset({(port, 2)}) if isinstance(relation, Fold) else None
 
 
 def signs(search: Search, elements: list[int], links: Sequence[LinkRecord]) -> dict[int, int] | None:

@@ -303,8 +303,8 @@ class Search:
             return self.constant_element(node, link)
         if link.grow is not None or link.view is not None:
             return "it would need a constant here"
-        if link.offset:
-            return "its gain is an activation"
+        if link.offset or link.apart:
+            return "its gain or kernel is an activation"
         number = self.element(value, link.axes)
         return "it meets a dynamic axis" if number is None else number
 
@@ -321,5 +321,5 @@ class Search:
                 self.blocked[number].append((node, port, target))
                 continue
             self.links.append((number, target, link.pairs, link.variance))
-            if link.pairs is None and link.port != port:
+            if link.pairs is None and link.port != port and link.grow is None and link.view is None and not link.apart:
                 self.asked.add((node, link.port, link.axes))

@@ -21,12 +21,13 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import combinations
 
 import numpy as np
 
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import MIXING, Act, Axes, Port
-from planish.ir.space_refine import AtomSigns, Chooser, Part, Refiner, grouped, signs
+from planish.ir.space_refine import AtomSigns, Chooser, Part, Refiner, block_nested, grouped, signs
 from planish.ir.space_search import Member, Questions, Search
 
 __all__ = ["Blocker", "ChannelSpaces", "FoldSite", "Member", "Space", "analyse"]
@@ -99,6 +100,28 @@ class Space:
         return _maximal(self.constants)
 
     @property
+    def maximal_folds(self) -> list[FoldSite]:
+        """The fold sites without those whose axes lie within another site's at the same port."""
+        return [
+            site
+            for site in self.folds
+            if not any(
+                (site.node, site.port, site.variance) == (other.node, other.port, other.variance)
+                and set(site.axes) < set(other.axes)
+                for other in self.folds
+            )
+        ]
+
+    @property
+    def nested(self) -> set[Value]:
+        """The activations that are in the space on several sets of axes that meet."""
+        axes: dict[Value, set[Axes]] = {}
+        for member in self.activations:
+            if member.value is not None:
+                axes.setdefault(member.value, set()).add(member.axes)
+        return {v for v, sets in axes.items() if any(set(a) & set(b) for a, b in combinations(sets, 2))}
+
+    @property
     def producers(self) -> list[Member]:
         """Constants that carry T itself: weights that write the space."""
         return [m for m in self.constants if m.variance > 0]
@@ -137,7 +160,8 @@ def _halves(one: Member, two: Member) -> bool:
 def _maximal(members: list[Member]) -> list[Member]:
     """Members on nested axes of one tensor are tied: the widest says what happens to the tensor.
 
-    Wider members come first, so that a private copy of a constant is made from its data before the change.
+    Private copies of a constant come first, and wider members before narrower ones: a copy is made from the data
+    before the change.
     """
     kept: list[Member] = []
     covered: dict[tuple[int, ...], list[frozenset[int]]] = {}
@@ -145,7 +169,7 @@ def _maximal(members: list[Member]) -> list[Member]:
     def within(tensor: tuple[int, ...], axes: frozenset[int]) -> bool:
         return any(axes <= other for other in covered.get(tensor, ()))
 
-    for member in sorted(members, key=lambda m: -len(m.axes)):
+    for member in sorted(members, key=lambda m: (not m.private, -len(m.axes))):
         shape = member.grow or member.view or (member.value.shape if member.value is not None else None) or ()
         axes = frozenset(a - len(shape) for a in member.axes)  # from the right: grown shapes differ in rank
         tensor = (id(member.node), member.port) if member.private else (id(member.value),)
@@ -170,6 +194,7 @@ def _spaces(search: Search) -> Iterator[Space]:
     """The spaces of a finished search."""
     chooser = Chooser(search)
     chooser.run()
+    block_nested(search, chooser.settled)
     refiner = Refiner(search)
     mixing = search.act in MIXING
     for elements, links in grouped(search, [*search.links, *chooser.links]):

@@ -94,6 +94,13 @@ class Stats:
         if old in self.channels:
             self.channels[new] = self.channels.pop(old)
 
+    def copy_record(self, source: str, target: str) -> None:
+        """Say of a value what is known of another, or nothing where nothing is."""
+        if source in self.channels:
+            self.channels[target] = self.channels[source]
+        else:
+            self.channels.pop(target, None)
+
     def transform(
         self, name: str, rank: int, axes: Axes, transform: Transform, atoms: np.ndarray | None, variance: int
     ) -> None:

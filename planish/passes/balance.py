@@ -18,6 +18,7 @@ from planish.ir.spaces import Member, Space, analyse
 from planish.ir.transform import Scale
 from planish.passes.base import Context, PassReport
 from planish.passes.channels import channel_norms, kind_of, positions, title
+from planish.passes.finite import require_finite_space
 from planish.passes.scales import balance_scale
 
 SWEEPS = 32  # over all spaces, at most
@@ -89,6 +90,7 @@ def balance(graph: Graph, context: Context, report: PassReport) -> None:
 def _start(space: Space, kind: str) -> Balanced:
     if space.blockers:
         raise Declined(space.blockers[0].reason, space.blockers[0].node)
+    require_finite_space(space)
     written, read = ranges(space)
     if not ((written > 0) & (read > 0)).any():
         raise Declined("constants stand on one side of it only", space.activations[0].value)

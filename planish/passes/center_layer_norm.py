@@ -29,6 +29,7 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import ChannelSpaces, Space, analyse
 from planish.ir.transform import Mix
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.finite import require_finite_space
 from planish.passes.match import attribute
 from planish.passes.ties import Tie, tied, untie
 
@@ -70,6 +71,7 @@ class CenterLayerNorm(Pass):
                     space = _space_of(norm, spaces)
                     if id(space) not in centred:
                         _check(space)
+                        require_finite_space(space)
                         transform = centring(space.size)
                         absorb(rewriter, replace(space, act=Act.LINEAR, blockers=[]), transform)
                         context.transformed(rewriter, space, transform)

@@ -19,6 +19,7 @@ from planish.ir.constant import Constant
 from planish.ir.graph import Node, Value
 from planish.ir.rewriter import Declined, Rewriter
 from planish.passes.base import Context, Exactness, RewritePass
+from planish.passes.finite import require_finite
 from planish.passes.match import attribute, is_op, is_output, last_axis_vector, only_reader
 
 LAYERS = ("conv", "conv_transpose", "linear", "gemm")
@@ -27,6 +28,7 @@ LAYERS = ("conv", "conv_transpose", "linear", "gemm")
 def _wide(value: Value | None) -> np.ndarray:
     assert value is not None
     assert value.constant is not None
+    require_finite(value)
     return value.constant.wide()
 
 
@@ -90,6 +92,7 @@ def _bias(layer: Node) -> np.ndarray | None:
     if bias is None:
         return np.zeros(size)
     assert bias.constant is not None
+    require_finite(bias)
     vector = last_axis_vector(bias.constant, size)
     if vector is None or layer.op.name != "gemm":
         return vector
@@ -125,6 +128,8 @@ def check_consumer(layer: Node, value: Value, shift: np.ndarray) -> None:
     _check(layer)
     if layer.op.name == "gemm" and attribute(layer, "trans_a"):
         raise Declined("the layer reads it transposed", layer)
+    for constant in layer.operands[1:]:
+        require_finite(constant)
     if not shift.any():
         return
     if layer.op.name == "conv_transpose":
@@ -174,6 +179,9 @@ class FoldBatchNorm(RewritePass):
                 except Declined as error:
                     refusal = error
                 else:
+                    if context.stats is not None:  # the layer now gives what the norm gave
+                        for name in dict.fromkeys((source.name, x.name)):
+                            context.stats.copy_record(node.result.name, name)
                     rewriter.replace_node(node, x)
                     return True
         if is_output(node.result) or not node.result.users:

@@ -3,6 +3,7 @@
     f(c1, c2, ..)                  ->  constant    floats in float64 from unrounded data, integers exactly
     shape(x) and its arithmetic    ->  constant    where the dims are static
     x * 1, x + 0, x / 1, ..        ->  x           also casts to the same dtype, reshapes to the same shape
+    x * expand(y, shape of x)      ->  x * y       where the op broadcasts y itself
     transpose(transpose(x, p), q)  ->  transpose(x, p o q);  reshape(reshape(x)) -> reshape(x)
     where(is_nan(p), 0, p)         ->  p           with `nan_guards` only; attention{safe} likewise
 
@@ -30,7 +31,9 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.shapes import static_ints
 from planish.ir.types import WIDE_FLOATS, is_float, numpy_dtype
 from planish.passes.base import Context, Exactness, RewritePass
+from planish.passes.broadcasts import drop_expansions
 from planish.passes.match import attribute, erase_dead, is_op, is_output, nan_guarded, scalar
+from planish.passes.options import CheckedPass, Range, option
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +53,7 @@ NEUTRAL: Mapping[str, tuple[float, bool]] = {  # op: (neutral element, whether o
 
 
 @dataclass(frozen=True)
-class FoldConstants(RewritePass):
+class FoldConstants(CheckedPass, RewritePass):
     """Constant folding and the removal of identities.
 
     Args:
@@ -58,7 +61,7 @@ class FoldConstants(RewritePass):
         nan_guards: drop the NaN guards of softmaxes; not exact on rows that are masked throughout.
     """
 
-    max_growth: float = 1.0  # MB
+    max_growth: float = option(1.0, Range(0))  # MB
     nan_guards: bool = False
 
     name = "fold-constants"
@@ -69,6 +72,8 @@ class FoldConstants(RewritePass):
             return False
         if self.nan_guards and node.op.name == "attention" and attribute(node, "safe"):
             rewriter.set_attributes(node, {"safe": None})
+            return True
+        if drop_expansions(node, rewriter):
             return True
         for simplify in (self._unguarded, _neutral, _unchanged, _merged):
             value = simplify(node, rewriter)

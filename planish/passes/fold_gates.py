@@ -26,6 +26,7 @@ from planish.ir.spaces import ChannelSpaces, Member, Space, analyse
 from planish.ir.transform import Scale
 from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.finite import require_finite_space
 
 SQUASHING = frozenset({"sigmoid", "hard_sigmoid", "tanh", "softmax"})
 ROUNDS = 8
@@ -42,9 +43,15 @@ class Gate:
 
     node: Node
     port: int
-    x: Value
     old: Value
     changed: bool = False
+
+    @property
+    def x(self) -> Value:
+        """What the gate multiplies now: another one, if a gate before it was folded."""
+        value = self.node.operands[1 - self.port]
+        assert value is not None
+        return value
 
     @property
     def factor(self) -> Value:
@@ -97,7 +104,7 @@ def _gates(graph: Graph) -> Iterator[Gate]:
             if factor is None or x is None or x.is_constant or factor.constant is None or factor.is_input:
                 continue
             if factor.dtype in WIDE_FLOATS and x.dtype in WIDE_FLOATS:
-                yield Gate(node, port, x, factor)
+                yield Gate(node, port, factor)
                 break
 
 
@@ -202,6 +209,9 @@ def _fold_one(rewriter: Rewriter, gate: Gate, parts: Sequence[tuple[Space, Membe
         if len(factor.users) > 1:
             raise Declined("other nodes read it", factor)
         chosen = [(context.guarded(rewriter.graph, space), member) for space, member in parts]
+        for space, _ in chosen:
+            if not space.blockers:
+                require_finite_space(space)
         transforms = _transforms(data, chosen, node)
         for (space, _), transform in zip(chosen, transforms, strict=True):
             absorb(rewriter, space, transform)

@@ -26,8 +26,10 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale, Shift
-from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.finite import require_finite_space
 from planish.passes.match import attribute
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.residual_sinks import Sink, residual_sinks, warning
 from planish.passes.ties import Tie, tied, untie
 
@@ -35,7 +37,7 @@ NORMS = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
-class FoldNormGain(Pass):
+class FoldNormGain(CheckedPass):
     """The gains and biases of layer norms and RMS norms move into the readers.
 
     Args:
@@ -47,7 +49,7 @@ class FoldNormGain(Pass):
 
     bias: bool = True
     untie: bool = False
-    sink_factor: float = 8.0
+    sink_factor: float = option(8.0, Range(above=0))
 
     name = "fold-norm-gain"
     exactness = Exactness.EXACT
@@ -77,6 +79,8 @@ class FoldNormGain(Pass):
                     continue  # a tied norm: its constant went with the first
                 try:
                     transforms = _transforms(norm, port, found)
+                    for part in found:
+                        require_finite_space(part.space)
                     sinks = _sinks(norm, context, self.sink_factor) if port == 1 else []
                     for part, transform in zip(found, transforms, strict=True):
                         absorb(rewriter, part.space, transform)

@@ -29,8 +29,10 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import ChannelSpaces, analyse
 from planish.ir.transform import Mix
-from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.finite import require_finite_space
 from planish.passes.hadamard import block_rotation, largest_order
+from planish.passes.options import CheckedPass, Range, option
 
 FREE = "rotate-channels rotates it at no cost"
 
@@ -48,14 +50,14 @@ class _Site:
 
 
 @dataclass(frozen=True)
-class InsertHadamard(Pass):
+class InsertHadamard(CheckedPass):
     """Online Hadamard transforms where rotations cannot be folded, only when asked for."""
 
     name = "insert-hadamard"
     exactness = Exactness.EXACT
 
     sites: Literal["down", "qk", "all"] = "down"
-    block: int | None = None
+    block: int | None = option(None, Range(1))
     random: bool = False
 
     def run(self, graph: Graph, context: Context) -> PassReport:
@@ -223,6 +225,7 @@ def _fold(rewriter: Rewriter, site: _Site, spaces: ChannelSpaces) -> None:
     for blocker in found[0].blockers:
         if blocker.node is not site.undone.producer:
             raise Declined(blocker.reason, blocker.node)
+    require_finite_space(found[0])
     absorb(rewriter, replace(found[0], blockers=[]), site.transform)
     rewriter.replace(site.undone, site.turned)
 

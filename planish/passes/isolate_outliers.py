@@ -23,7 +23,8 @@ from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import Act, Carry
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import ChannelStats, Stats
-from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.sites import reads_by_weight
 
 
@@ -37,15 +38,15 @@ def choose_outliers(largest: np.ndarray, count: int, ratio: float) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class IsolateOutliers(Pass):
+class IsolateOutliers(CheckedPass):
     """Split linear - activation function - linear into an outlier part and the rest."""
 
     name = "isolate-outliers"
     exactness = Exactness.EXACT
     needs_stats = True
 
-    count: int = 8  # channels that are held apart, at most
-    ratio: float = 2.0  # by which the largest must exceed the largest of those that stay
+    count: int = option(8, Range(1))  # channels that are held apart, at most
+    ratio: float = option(2.0, Range(1))  # by which the largest must exceed the largest of those that stay
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)

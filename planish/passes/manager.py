@@ -157,10 +157,12 @@ class Pipeline:
             The new graph and the report.
 
         Raises:
-            PlanishError: a pass needs statistics and there are none.
+            PlanishError: a pass needs statistics and there are none, or the seed is negative.
             VerificationError: a pass left a graph that is not well formed.
             ValidationError: an exact pass changed the function.
         """
+        if seed < 0:
+            raise PlanishError(f"seed: expected an integer of at least 0; got {seed}")
         for instance in self.passes:
             if instance.needs_stats and stats is None:
                 raise PlanishError(

@@ -24,6 +24,7 @@ from planish.ir.ops.rotation import block_size, signs_of
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import ChannelSpaces, Member, analyse
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.finite import require_finite_space
 from planish.passes.hadamard import block_rotation
 from planish.passes.match import attribute
 
@@ -148,6 +149,7 @@ def _absorbed(graph: Graph, node: Node, port: Port, spaces: ChannelSpaces, conte
         try:
             # behind: x B is read through W; reading x instead, the space carries the inverse of what it carried
             moved = transform if port == 0 else transform.inverse()
+            require_finite_space(space)
             absorb(rewriter, replace(space, blockers=[]), moved)
         except Declined:
             return None

@@ -17,19 +17,20 @@ import numpy as np
 from planish.ir.constant import Constant
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
-from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.base import Context, Exactness, PassReport, place
 from planish.passes.match import attribute
+from planish.passes.options import CheckedPass, Range, option
 
 
 @dataclass(frozen=True)
-class MergeLinears(Pass):
+class MergeLinears(CheckedPass):
     """Linears that read one value become one.
 
     Args:
         min_group: merge groups of at least this many.
     """
 
-    min_group: int = 2
+    min_group: int = option(2, Range(1))
 
     name = "merge-linears"
     exactness = Exactness.IDENTITY

@@ -25,35 +25,34 @@ from typing import Literal
 import numpy as np
 
 from planish.ir.absorb import absorb
-from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph, Node
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Member, Space, analyse
 from planish.ir.stats import Stats
 from planish.ir.transform import Permute, apply
-from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.base import Context, Exactness, PassReport
 from planish.passes.channels import behind, channel_norms, channel_ranges, key_side, kind_of, positions, title
+from planish.passes.finite import require_finite_space
 from planish.passes.head_tables import widen_tables
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.orders import choose_order, imbalance, mean_group_range
 from planish.passes.sites import reads_by_weight
 
 
 @dataclass(frozen=True)
-class PermuteChannels(Pass):
+class PermuteChannels(CheckedPass):
     """Put channels in an order that suits quantisation in groups."""
 
     name = "permute-channels"
     exactness = Exactness.EXACT
 
     method: Literal["sort", "zigzag", "k-sort", "group-by-range"] = "sort"
-    group: int = 64  # channels that share a range
+    group: int = option(64, Range(1))  # channels that share a range
     space: Literal["all", "residual", "hidden", "key", "value"] = "all"
     tables: Literal["layer", "head"] = "layer"  # rotary tables: one order for the heads of a layer, or one per head
 
     def run(self, graph: Graph, context: Context) -> PassReport:
-        if self.group < 1:
-            raise PlanishError(f"pass '{self.name}': expected a positive group; got {self.group}")
         report = PassReport(self.name)
         if self.tables == "head" and self.space in ("all", "key"):
             changed, grown = widen_tables(graph)
@@ -148,6 +147,7 @@ def _extremes(space: Space, member: Member, stats: Stats | None, *, keys: bool) 
         gains = [m for m in side if m.node is not None and m.node.op.family == "normalisation"]
         writers = gains or [m for m in side if m.node is not None and m.node.op.family == "contraction"]
     matrices = [m for m in writers if m.value is not None and (m.value.rank or 0) > 1]
+    require_finite_space(space)
     for members in (matrices, writers, space.consumers):
         norms = channel_norms(members, space.size, "euclidean")
         if norms.any():

@@ -243,9 +243,11 @@ def _convert(value: Any, hint: Any, what: str) -> Any:
             return str(value).lower() == "true"
     elif hint in (int, float):
         try:
-            return hint(value)
-        except (TypeError, ValueError):
-            pass
+            number = hint(value)
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is not None and not isinstance(value, bool) and (isinstance(value, str) or number == value):
+            return number
     elif hint is str:
         return str(value)
     elif isinstance(hint, type) and issubclass(hint, Enum):

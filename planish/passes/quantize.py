@@ -34,7 +34,8 @@ from planish.ir.graph import Attribute, Graph, Node, Value
 from planish.ir.ops.base import Wide
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import Stats
-from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.sites import READERS, reads_by_weight, row_floor, weight_matrix
 from planish.passes.solvers import (
     choose_static_range,
@@ -47,7 +48,7 @@ from planish.passes.solvers import (
 
 
 @dataclass(frozen=True)
-class Quantize(Pass):
+class Quantize(CheckedPass):
     """Put 8-bit numbers on weights, activations and embedding tables."""
 
     name = "quantize"
@@ -59,9 +60,9 @@ class Quantize(Pass):
     solver: Literal["rtn", "gptq"] = "rtn"  # gptq needs statistics
     bias_correction: bool = False  # needs statistics
     static_range: Literal["min-max", "percentile", "mse"] = "min-max"
-    percentile: float = 99.99  # percent of the elements inside the range
+    percentile: float = option(99.99, Range(above=0, most=100))  # percent of the elements inside the range
     embeddings: bool = True  # quantise embedding tables too
-    min_rows: int = 256  # of an embedding table worth quantising
+    min_rows: int = option(256, Range(0))  # of an embedding table worth quantising
     skip: tuple[str, ...] = ()  # regular expressions: nodes whose source or result name matches stay float
 
     @property
@@ -69,6 +70,7 @@ class Quantize(Pass):
         return self.activations == "static" or self.solver == "gptq" or self.bias_correction
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for pattern in self.skip:
             try:
                 re.compile(pattern)

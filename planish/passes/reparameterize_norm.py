@@ -22,15 +22,16 @@ from typing import Literal
 import numpy as np
 
 from planish.ir.absorb import absorb
-from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph, Value
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.stats import Stats
 from planish.ir.transform import Scale, Shift
-from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.base import Context, Exactness, PassReport
 from planish.passes.channels import channel_ranges
+from planish.passes.finite import require_finite_space
+from planish.passes.options import CheckedPass, Range, option
 
 
 def choose_center(
@@ -67,7 +68,7 @@ def used_share(low: np.ndarray, high: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class ReparameterizeNorm(Pass):
+class ReparameterizeNorm(CheckedPass):
     """Turn a scale and zero point for each channel behind a norm into one for all."""
 
     name = "reparameterize-norm"
@@ -76,12 +77,10 @@ class ReparameterizeNorm(Pass):
     needs_stats = True
 
     center: Literal["median", "mean"] = "median"
-    bits: int = 8  # of the codes
+    bits: int = option(8, Range(2, 16))  # of the codes
     grow_bias: bool = False  # give a norm that has no bias one: it costs a sum
 
     def run(self, graph: Graph, context: Context) -> PassReport:
-        if not 2 <= self.bits <= 16:
-            raise PlanishError(f"pass '{self.name}': expected 2 to 16 bits; got {self.bits}")
         report = PassReport(self.name)
         assert context.stats is not None
         spaces = analyse(graph)
@@ -127,6 +126,7 @@ class ReparameterizeNorm(Pass):
             raise Declined("no statistics of its result", rewriter.graph.values[norm])
         if space.blockers:
             raise Declined(space.blockers[0].reason, space.blockers[0].node)
+        require_finite_space(space)
         stays = self._symmetric(space, shift, rewriter.graph.values[norm])
         free = not stays
         factors, offsets = choose_center(*ranges, self.center, self.bits, symmetric=not free)

@@ -28,15 +28,17 @@ from planish.ir.graph import Graph, Node
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
-from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.base import Context, Exactness, PassReport
 from planish.passes.channels import kind_of, positions, title
+from planish.passes.finite import require_finite_space
 from planish.passes.hadamard import choose_rotation, cut, describe
 from planish.passes.mixing_sites import mixable, said_blocks, said_ties, second_moment
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.ties import Tie, copy_name, shared, untie
 
 
 @dataclass(frozen=True)
-class RotateChannels(Pass):
+class RotateChannels(CheckedPass):
     """Spread outliers over all channels by rotations that weights absorb."""
 
     name = "rotate-channels"
@@ -44,10 +46,10 @@ class RotateChannels(Pass):
 
     kind: Literal["hadamard", "random", "klt", "klt-hadamard"] = "hadamard"
     space: Literal["residual", "value", "all"] = "all"
-    block: int | None = None
+    block: int | None = option(None, Range(1))
     untie: bool = False
     fallback: Literal["dct", "block"] = "dct"  # for orders without a Hadamard matrix: dct-mixed or block-diagonal
-    seed: int | None = None  # none: the pipeline's
+    seed: int | None = option(None, Range(0))  # none: the pipeline's
 
     @property
     def needs_stats(self) -> bool:
@@ -107,6 +109,7 @@ class RotateChannels(Pass):
             raise Declined(blocker.reason, blocker.node or blocker.value)
         if not space.constants:
             return
+        require_finite_space(space)
         moment = None
         if self.needs_stats:
             assert context.stats is not None

@@ -38,7 +38,9 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale
 from planish.passes.balance import balance
-from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.finite import require_finite_space
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.scales import Judge, Quantiser, percentile_scale, smoothquant_scale, threshold_scale
 from planish.passes.sites import Site, dual_site_of, site_of
 
@@ -46,7 +48,7 @@ DUAL = frozenset({"smoothquant", "os-plus", "search"})  # methods that weigh bot
 
 
 @dataclass(frozen=True)
-class ScaleChannels(Pass):
+class ScaleChannels(CheckedPass):
     """Move the difficulty of quantisation from activations to weights, site by site."""
 
     name = "scale-channels"
@@ -54,12 +56,12 @@ class ScaleChannels(Pass):
     breaks = frozenset({"norm-gain-free"})
 
     method: Literal["search", "smoothquant", "os-plus", "percentile", "outliertune", "balance"] = "search"
-    alpha: float = 0.5  # smoothquant: the share of the difficulty that weights take
+    alpha: float = option(0.5, Range(0, 1))  # smoothquant: the share of the difficulty that weights take
     granularity: Literal["tensor", "token", "static"] = "tensor"  # of the activations in the search
-    steps: int = 20  # grid points of alpha, and of the threshold
-    rows: int = 384  # sampled rows in the search
+    steps: int = option(20, Range(1))  # grid points of alpha, and of the threshold
+    rows: int = option(384, Range(1))  # sampled rows in the search
     insert: bool = False  # an explicit Mul where a space is blocked
-    min_gain: float = 0.1  # the fraction by which the error must fall to be worth an inserted Mul
+    min_gain: float = option(0.1, Range(0, 1))  # the fraction by which the error must fall to be worth an inserted Mul
 
     @property
     def needs_stats(self) -> bool:
@@ -91,6 +93,7 @@ class ScaleChannels(Pass):
     def _site(self, rewriter: Rewriter, space: Space, site: Site, context: Context, report: PassReport) -> None:
         if space.blockers and not self.insert:
             raise Declined(space.blockers[0].reason, space.blockers[0].node)
+        require_finite_space(space)
         picked = np.linspace(0, len(site.samples) - 1, min(self.rows, len(site.samples))).astype(np.int64)
         samples = torch.from_numpy(np.ascontiguousarray(site.samples[picked]))
         weights = [torch.from_numpy(w.astype(np.float32)) for w in site.weights()]

@@ -22,7 +22,9 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import analyse
 from planish.ir.transform import Shift
-from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.finite import require_finite_space
+from planish.passes.options import CheckedPass, Range, option
 from planish.passes.sites import Site, site_of
 
 
@@ -33,7 +35,7 @@ def choose_shift(low: np.ndarray, high: np.ndarray, amount: float = 1.0) -> np.n
 
 
 @dataclass(frozen=True)
-class ShiftChannels(Pass):
+class ShiftChannels(CheckedPass):
     """Centre the range of every channel that a linear reads."""
 
     name = "shift-channels"
@@ -41,8 +43,10 @@ class ShiftChannels(Pass):
     breaks = frozenset({"norm-bias-free"})
     needs_stats = True
 
-    amount: float = 1.0  # 1: centre fully
-    min_gain: float = 0.01  # decline a site whose per-tensor range would shrink by less than this fraction
+    amount: float = option(1.0, Range(0))  # 1: centre fully
+    min_gain: float = option(
+        0.01, Range(0, 1)
+    )  # decline a site whose per-tensor range would shrink by less than this fraction
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
@@ -54,6 +58,7 @@ class ShiftChannels(Pass):
             for space, site in sites:
                 try:
                     transform, gain = self._choose(site)
+                    require_finite_space(space)
                     absorb(rewriter, space, transform)
                 except Declined as refusal:
                     report.decline(str(refusal), refusal.node if refusal.node is not None else site.name)

@@ -32,10 +32,12 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Mix
-from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.base import Context, Exactness, PassReport
 from planish.passes.channel_transforms import block_rotations, invertible, kronecker, kronecker_sizes
 from planish.passes.channels import kind_of, positions, title
+from planish.passes.finite import require_finite_space
 from planish.passes.mixing_sites import mixable, said_blocks, second_moment
+from planish.passes.options import CheckedPass, Range, option
 
 
 def load_matrices(path: str) -> dict[str, np.ndarray]:
@@ -56,7 +58,7 @@ def load_matrices(path: str) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class TransformChannels(Pass):
+class TransformChannels(CheckedPass):
     """Invertible maps, given or chosen, on the spaces that admit them."""
 
     name = "transform-channels"
@@ -64,11 +66,11 @@ class TransformChannels(Pass):
 
     kind: Literal["kronecker", "block", "invertible"] = "kronecker"
     space: Literal["value", "residual", "all"] = "all"
-    block: int = 128  # of kind block; where it does not divide a space, the largest divisor below it
+    block: int = option(128, Range(1))  # of kind block; where it does not divide a space, the largest divisor below it
     matrices: str | None = None
-    strength: float = 0.5
-    condition: float = 100.0
-    seed: int | None = None  # none: the pipeline's
+    strength: float = option(0.5, Range(0, 1))
+    condition: float = option(100.0, Range(1))
+    seed: int | None = option(None, Range(0))  # none: the pipeline's
 
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
@@ -102,6 +104,7 @@ class TransformChannels(Pass):
             raise Declined(space.blockers[0].reason, space.blockers[0].node or space.blockers[0].value)
         if not space.constants:
             return
+        require_finite_space(space)
         moment = second_moment(space, context.stats) if context.stats is not None else None
         blocks = [index for index in space.blocks if len(index) > 1]
         if given is not None:

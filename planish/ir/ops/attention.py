@@ -292,6 +292,8 @@ def _rope_scale(node: Node, shape: tuple[Dim, ...], port: Port, axes: Axes) -> R
 
 def _rope_permute(node: Node, sites: dict[Port, Site], asker: Site, axes: Axes) -> Relation:
     """Pairs change places as wholes, and their angles with them; a constant table becomes the node's own."""
+    if any(site.dims[-1] != sites[0].dims[-1] for site in sites.values()):
+        return Block("its pairs turn by one angle")
     links = [_tie(node, asker.dims, asker.port, axes)]
     for site in sites.values():
         if site.port == asker.port:
@@ -300,7 +302,7 @@ def _rope_permute(node: Node, sites: dict[Port, Site], asker: Site, axes: Axes) 
         if isinstance(link, Block):
             return link
         value = node.port(site.port)
-        if link is None or site.dims[-1] == 1:
+        if link is None:
             return Block("its pairs turn by one angle")
         if value is not None and value.is_constant:
             link = replace(link, grow=tuple(d for d in site.dims if isinstance(d, int)))

@@ -203,8 +203,8 @@ def _grouped(node: Node, sites: Mapping[Port, Site], act: Act, port: Port, axes:
         of_x, of_result = Link(1, (0,), -1, apart=True), Link(1, (0, 2), view=view)
     own_bias = None if node.operand(2) is None else _bias_link(bias)
     if port in (0, -1):
-        if depthwise and not is_constant(node.operand(1)):
-            return carry(Link(~port, (1,)), own_bias)
+        if not is_constant(node.operand(1)):
+            return Block("its kernel is an activation")
         # a kernel takes both scales, the one of its input and the one of its result
         return Carry((of_x,)) if port == 0 else carry(of_result, own_bias)
     if port == 2:
