@@ -1,7 +1,8 @@
 """Random graphs from lists of small integers, so that hypothesis can shrink them.
 
 Branches, joins, concat, split, transposes, head splits, broadcasts, gathers, norms, products, attention,
-and weights that are read more than once.
+weights that are read more than once, tensors that are written and read on several axes at once, convolutions and
+batch norms with constants or computed kernels and gains, rotary tables.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Step = tuple[int, int, int, int]
 ROWS, WIDTH = 3, 6
 
 steps = st.lists(
-    st.tuples(st.integers(0, 39), st.integers(0, 7), st.integers(0, 7), st.integers(0, 3)), min_size=2, max_size=12
+    st.tuples(st.integers(0, 47), st.integers(0, 7), st.integers(0, 7), st.integers(0, 3)), min_size=2, max_size=12
 )
 
 
@@ -31,6 +32,7 @@ class _Maker:
         self.live: list[Value] = [self.graph.add_input("x", TensorType("f32", (2, ROWS, WIDTH)))]
         self.ids = self.graph.add_input("ids", TensorType("i64", (2, ROWS)))
         self.weights: dict[tuple[int, int], list[Value]] = {}
+        self.vectors: dict[int, Value] = {}
         self.live.append(self.linear(self.live[0], WIDTH, 0))
 
     def constant(self, name: str, data: np.ndarray | Sequence[int]) -> Value:
@@ -53,6 +55,20 @@ class _Maker:
         known.append(weight)
         bias = self.normal("bias", outputs) if reuse != 2 else None
         return self.op("linear", x, weight, bias)
+
+    def vector(self, size: int, reuse: int) -> Value:
+        """A constant vector; with `reuse` 3 one that other nodes may read as well."""
+        if reuse == 3 and size in self.vectors:
+            return self.vectors[size]
+        self.vectors[size] = made = self.normal("vector", size)
+        return made
+
+    def across(self, x: Value, axis: int, outputs: int, reuse: int) -> Value:
+        """A linear over another axis than the last."""
+        assert x.rank is not None
+        perm = [i for i in range(x.rank) if i != axis] + [axis]
+        y = self.linear(self.op("transpose", x, perm=tuple(perm)), outputs, reuse)
+        return self.op("transpose", y, perm=tuple(perm.index(i) for i in range(x.rank)))
 
     def pick(self, index: int, good: Callable[[Value], bool] = lambda v: True) -> Value | None:
         found = [v for v in self.live if good(v)]
@@ -144,8 +160,37 @@ class _Maker:
             case 38:
                 if len(shape) > 1:
                     made = [self.op("matmul", x, self.normal("matrix", shape[last], 4))]
-            case _:
+            case 39:
                 made = [self.op("max", x, same)]
+            case 40 | 41:
+                if len(shape) < 5:
+                    sizes = ((2, 3), (3, 2), (2, 2), (4, 1))[c]
+                    wide = self.linear(x, sizes[0] * sizes[1], b % 4)
+                    made = [self.op("reshape", wide, self.constant("shape", (*shape[:last], *sizes)))]
+            case 42:
+                made = [self.across(x, b % len(shape), (2, 3, 4, shape[b % len(shape)])[c], c)]
+            case 43:
+                turned = self.op("transpose", same, perm=(*range(last - 1), last, last - 1)) if len(shape) > 1 else None
+                made = [self.op("matmul", x, turned)] if turned is not None else []
+            case 44:
+                if len(shape) > 1:
+                    size = shape[1]
+                    gain = self.vector(size, b % 4)
+                    gain = self.op("neg", gain) if c == 1 else gain
+                    variance = self.constant("variance", np.exp(self.rng.normal(size=size)))
+                    made = [self.op("batch_norm", x, gain, self.vector(size, c), self.vector(size, b % 4), variance)]
+            case 45:
+                if len(shape) == 3:
+                    groups = shape[1] if c else 1
+                    kernel = self.normal("kernel", shape[1] * (1 + c // 3), shape[1] // groups, 1)
+                    kernel = self.op("mul", kernel, self.normal("scale", 1)) if b == 7 else kernel
+                    made = [self.op("conv", x, kernel, None, groups=groups)]
+            case 46:
+                if shape[last] % 2 == 0:
+                    tables = (self.vector(shape[last], b % 4), self.vector(shape[last], c))
+                    made = [self.op("rope", x, *tables, interleaved=bool(c % 2))]
+            case _:
+                made = [self.op("add" if c % 2 else "mul", x, self.vector(shape[last], 3))]
         small = [v for v in made if v.shape is not None and np.prod(v.shape) <= 4096]  # type: ignore[arg-type]
         self.live += [v for v in small if v.rank]
 

@@ -162,10 +162,9 @@ def test_a_norm_by_an_expanded_length_lets_a_rotation_pass() -> None:
     y = b("linear", b.input("x", "f32[4, 5]"), b.random(6, 5), b.random(6))
     length = b("clip", b("reduce_l2", y, axes=(1,), keepdims=True), np.float32(1e-12))
     graph = b.output(b("linear", b("div", y, b("expand", length, [4, 6])), b.random(3, 6)))
-    assert run(graph, "rotate-channels")[1].applied == []
-    assert run(graph, "fold-constants,rotate-channels")[1].applied == [
-        "%linear: hidden, 6 channels: dct 3 x hadamard 2"
-    ]
+    assert Pipeline("rotate-channels").run(graph)[1].passes[-1].applied == []
+    (line,) = Pipeline("fold-constants,rotate-channels").run(graph)[1].passes[-1].applied
+    assert line.startswith("%linear: hidden, 6 channels: ")
 
 
 @pytest.mark.parametrize("kind", ["it makes the rank", "it makes the shape", "an unknown dim", "both are expanded"])

@@ -133,6 +133,22 @@ def test_gates_on_gates() -> None:
     assert len(report.applied) == 3
 
 
+def test_a_gate_behind_another_in_one_round() -> None:
+    """Each has a space of its own: the second is folded when the first is gone already."""
+    b = Build()
+    h = linear(b, b.input("x", "f32[n, 3]"), 6, "up")
+    after, report = run(b.output(linear(b, b("mul", b("mul", h, b.random(6)), b.random(6)), 4, "down")), "fold-gates")
+    assert counts(after) == {"linear": 2}
+    assert len(report.applied) == 2
+    for seed in range(4):  # an explicit scale before a gate
+        b = Build(seed)
+        h = b("mul", linear(b, b.input("x", "f32[n, 3]"), 12, "b"), b.random(12, name="g"))
+        graph = b.output(linear(b, h, 4, "c"))
+        text = "scale-channels{insert=true min-gain=0},fold-gates"
+        after, _ = Pipeline(text).run(graph, stats=collect(graph, calibration(graph)))
+        assert counts(after) == {"linear": 2}
+
+
 def test_two_gates_on_one_table() -> None:
     """A table that is read twice, with a multiplier each: what one folds the other sees."""
     for second, left in ((3.0, 0), (6.0, 1)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -17,8 +18,10 @@ from test_fold_gates import conv_scale, head_gates, layer_scale, multipliers
 from planish.calibrate.collect import collect
 from planish.ir.evaluator import evaluate
 from planish.ir.graph import Graph
+from planish.ir.rewriter import Rewriter
 from planish.ir.stats import Stats
-from planish.passes.base import Context, Exactness
+from planish.passes.base import Context, Exactness, Pass, PassReport
+from planish.passes.manager import Pipeline
 from planish.passes.pipeline import REGISTRY, make_pass, parse_pipeline, pass_class
 
 ROWS = 1000  # all there are: extremes and moments of samples are then those of the data
@@ -119,3 +122,39 @@ def test_it_would_be_seen() -> None:
     stats = everything(graph, batches)
     make_pass("fold-gates", {}).run(graph, Context())
     assert stale(graph, stats, batches) != []
+
+
+def test_a_name_that_is_taken_again() -> None:
+    """What was known of a value that is gone is not said of a later one of its name."""
+    seen = []
+
+    @dataclass(frozen=True)
+    class Drop(Pass):
+        name = "drop"
+        exactness = Exactness.LOSSY
+
+        def run(self, graph: Graph, context: Context) -> PassReport:
+            with Rewriter(graph) as rewriter:
+                node = next(n for n in graph.nodes if n.op.name == "tanh")
+                assert node.operands[0] is not None
+                rewriter.replace_node(node, node.operands[0])
+            return PassReport(self.name)
+
+    @dataclass(frozen=True)
+    class Make(Pass):
+        name = "make"
+        exactness = Exactness.LOSSY
+
+        def run(self, graph: Graph, context: Context) -> PassReport:
+            assert context.stats is not None
+            with Rewriter(graph) as rewriter:
+                node = rewriter.insert("tanh", [graph.inputs[0]], before=next(iter(graph.nodes)))
+                rewriter.replace(graph.inputs[0], node.result)
+                seen.append((node.result.name, node.result.name in context.stats))
+            return PassReport(self.name)
+
+    b = Build()
+    h = b("tanh", linear(b, b.input("x", "f32[n, 4]"), 4, "first"))
+    graph = b.output(linear(b, h, 4, "last"))
+    Pipeline([Drop(), Make()]).run(graph, stats=everything(graph, calibration(graph)))
+    assert seen == [("tanh", False)]

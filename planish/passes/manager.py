@@ -187,6 +187,9 @@ class Pipeline:
             start = time.perf_counter()
             done = instance.run(graph, context)
             verify(graph)
+            if context.stats is not None:  # a later value may get the name of one that is gone
+                for name in [name for name in context.stats if name not in graph.values]:
+                    del context.stats.channels[name]
             if before is not None and (done.applied or done.inserted):
                 verdict = check(before, graph, probe, instance.name)
                 done.error, done.checked_narrow = verdict.error, verdict.narrow
