@@ -46,6 +46,8 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
         edge.check(space.act)
         if edge.blocker.value in nested:
             raise Declined("an explicit op on nested axes of one tensor is not supported", edge.blocker.node)
+        if _carried_beside(edge.blocker, space):
+            raise Declined("another operand or result of the op carries the transform", edge.blocker.node)
     for site in space.maximal_folds:
         if not isinstance(transform, Shift) or site.node.op.fold is None:
             raise Declined(f"{site.node.op.name} has no formula for this transform", site.node)
@@ -57,6 +59,16 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
     for edge in edges:
         edge.insert(rewriter, transform)
     return len(edges)
+
+
+def _carried_beside(blocker: Blocker, space: Space) -> bool:
+    """True if an op that is blocked at one port lets the transform through at another, as an activation."""
+    node = blocker.node
+    if node is None:
+        return False
+    inside = {m.value for m in space.activations}
+    blocked = {b.value for b in space.blockers if b.node is node}
+    return any(v is not None and v in inside and v not in blocked for v in (*node.operands, *node.results))
 
 
 def _check(space: Space, transform: Transform) -> None:

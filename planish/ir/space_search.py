@@ -309,16 +309,17 @@ class Search:
         return "it meets a dynamic axis" if number is None else number
 
     def carry(self, node: Node, port: Port, number: int, relation: Carry) -> None:
+        found = [(link, self.target(node, link)) for link in relation.links]
+        refusals = [target for _, target in found if isinstance(target, str)]
+        if refusals:  # nothing else at the node takes part: an explicit op may stand on this edge
+            self.blocked[number].append((node, port, refusals[0]))
+            return
         if relation.block_axes:
             self.walls.append((number, relation.block_axes))
         if relation.positive:
             self.positive.add(number)
-        for link in relation.links:
-            target = self.target(node, link)
-            if target is None:
-                continue
-            if isinstance(target, str):
-                self.blocked[number].append((node, port, target))
+        for link, target in found:
+            if not isinstance(target, int):
                 continue
             self.links.append((number, target, link.pairs, link.variance))
             if link.pairs is None and link.port != port and link.grow is None and link.view is None and not link.apart:
