@@ -154,7 +154,8 @@ def _measure_seed(name: str, seed: int, found: dict[str, Any], at: Any) -> None:
         spaces = planish.ir.spaces.analyse(raised)
         seen = inspect(raised, spaces=spaces)
         analysis = time.process_time() - start
-        folded, _ = Pipeline("fold-batch-norm,fold-gates,center-layer-norm{untie=true},fold-norm-gain{untie=true}").run(raised, validate=False)
+        folds = "fold-batch-norm,fold-gates,center-layer-norm{untie=true},fold-norm-gain{untie=true}"
+        folded, _ = Pipeline(folds).run(raised, validate=False)
         found |= {
             "seconds": {"capture": captured, "raise": raising, "analysis": analysis},
             "captured_nodes": len(graph),

@@ -192,7 +192,7 @@ def test_opt_writes_for_the_target_of_its_lowering(run: Run, model: Path, tmp_pa
     assert error.startswith("error: op 'com.microsoft::MatMulIntegerToFloat': is not in target onnx\n")
     assert error.endswith("hint: write for --target ort\n")
     assert run(*start, "--target", "trt")[2] == "error: target 'trt': unknown; expected onnx or ort\n"
-    assert run(*start, "--opset", 99)[2].startswith("error: opset 99: unknown; expected 1 to ")
+    assert run(*start, "--opset", 99)[2].startswith("error: opset 99: unknown; expected 7 to ")
     assert not (tmp_path / "q.onnx").exists()
 
 

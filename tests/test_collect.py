@@ -235,6 +235,21 @@ def test_no_data_and_wrong_names(seed: int) -> None:
 # -- arrays from files ---------------------------------------------------------------------------
 
 
+def test_batches_without_names() -> None:
+    graph = planish.capture(torch.nn.Linear(3, 2), torch.ones(1, 3))
+    x = torch.ones(1, 3)
+    for call in (lambda: planish.collect(graph, [x]), lambda: planish.evaluate(graph, x)):
+        with pytest.raises(PlanishError) as caught:
+            call()
+        assert caught.value.what == "inputs: expected a dict of name to tensor, got Tensor"
+        assert caught.value.hint == "the inputs of the graph: input"
+    for batches, kind in ((x, "Tensor"), ({"input": x}, "dict")):
+        with pytest.raises(PlanishError) as caught:
+            planish.collect(graph, batches)  # type: ignore[arg-type]
+        assert caught.value.what == f"calibration: expected batches, each a dict of name to tensor, got one {kind}"
+        assert caught.value.hint == "collect(graph, [batch])"
+
+
 def test_npz_in_batches(tmp_path: Path, seed: int) -> None:
     graph, x = raised(block()), data(seed, 11)
     np.savez(tmp_path / "d.npz", x=x)

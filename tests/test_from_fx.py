@@ -426,6 +426,50 @@ def test_grouped_products_as_onnx() -> None:
     onnx_agrees(graph, feed(graph, inputs))
 
 
+PLACES: dict[str, tuple[Callable[..., Any], torch.dtype]] = {
+    "argmax": (lambda x: (x.argmax(1), x.argmax(-1, keepdim=True), x.argmax()), torch.float32),
+    "argmin": (lambda x: (x.argmin(0), x.argmin()), torch.float16),
+    "max": (lambda x: (*x.max(1), *x.max(-1, keepdim=True)), torch.float32),
+    "min": (lambda x: (*x.min(1), *x.min(-1, keepdim=True)), torch.bfloat16),
+    "max of bool": (lambda x: x.max(1), torch.bool),
+    "topk": (lambda x: x.topk(2, -1), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("name", list(PLACES))
+def test_places_as_onnx(name: str) -> None:
+    function, dtype = PLACES[name]
+    x = torch.randperm(24, generator=torch.Generator().manual_seed(0)).reshape(2, 3, 4)
+    x = x > 12 if dtype is torch.bool else x.to(dtype)
+
+    def whole(x: torch.Tensor) -> Any:  # numpy has no bfloat16
+        made = function(x.to(dtype))
+        made = made if isinstance(made, tuple) else (made,)
+        return tuple(one.float() if one.is_floating_point() else one for one in made)
+
+    given = x if dtype is torch.bool else x.float()
+    graph = from_module(Of(whole), given)
+    onnx_agrees(graph, feed(graph, given))
+
+
+def test_an_op_of_torch_without_an_onnx_form() -> None:
+    graph = from_module(Of(lambda x: x.argmax(keepdim=True)), X)
+    with pytest.raises(PlanishError, match="dims kept over the whole tensor are not possible"):
+        to_model(graph)
+    graph = from_module(Of(lambda x: torch.fft.fft(x).real), X)
+    with pytest.raises(PlanishError, match=r"op 'torch::aten\..*': has no ONNX form"):
+        to_model(graph)
+
+
+def test_attention_layers_as_onnx() -> None:
+    """ONNX Runtime refuses the file where the axes of a squeeze are called as it calls its own."""
+    layer = filled(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    graph = from_module(layer, rand(2, 3, 8))
+    onnx_agrees(graph, feed(graph, rand(2, 3, 8)))
+    names = [weight.name for weight in to_model(graph).graph.initializer]
+    assert not [name for name in names if name.endswith(("_axes", "_sizes"))]
+
+
 # -- modules ---------------------------------------------------------------------------------------------
 
 
@@ -724,14 +768,30 @@ def refused(module: nn.Module, inputs: Inputs) -> PlanishError:
     return caught.value
 
 
-def test_a_path_chosen_by_data() -> None:
+def test_a_path_chosen_by_data(capfd: pytest.CaptureFixture[str]) -> None:
     error = refused(Of(lambda x: x * 2 if x.sum() > 0 else x - 1), X)
+    assert capfd.readouterr() == ("", "")  # torch prints the graph so far
     assert error.what.startswith("Of: torch.export refuses the model: ")
     assert error.where is not None
     assert error.where.startswith(__file__)
     assert (
         error.hint == "capture runs the model once without data: it must not choose its path by the values of tensors"
     )
+
+
+def test_modules_that_cannot_be_exported() -> None:
+    with pytest.warns(DeprecationWarning, match="is deprecated"):
+        traced = torch.jit.trace(nn.Linear(4, 2), torch.ones(1, 4))
+    error = refused(traced, torch.ones(1, 4))
+    assert "Exporting a ScriptModule is not supported" in error.what
+    assert error.hint == "capture the module that it was scripted or traced from"
+    lazy = nn.Sequential(nn.LazyLinear(2))
+    error = refused(lazy, torch.ones(1, 4))
+    assert "Attempted to use an uninitialized parameter" in error.what
+    assert error.hint == "run the module once on the inputs first: a lazy layer takes its sizes from them"
+    assert nn.parameter.is_lazy(lazy[0].weight)  # the module is as it was
+    lazy(torch.ones(1, 4))
+    check(lazy, torch.ones(1, 4))
 
 
 class Cache:
@@ -757,6 +817,11 @@ def test_dynamic_shapes_that_do_not_hold() -> None:
 def test_inputs_that_do_not_fit() -> None:
     error = refused(nn.Linear(3, 2), X)
     assert error.what.startswith("inputs: Linear does not run on them: mat1 and mat2 shapes cannot be multiplied")
+    for make in (nn.Linear(3, 2), nn.Sequential(nn.ReLU(), nn.Linear(3, 2))):
+        error = refused(make, torch.ones(2, 3, dtype=torch.int64))  # torch.export takes them
+        kind = type(make).__name__
+        assert error.what.startswith(f"inputs: {kind} does not run on them: mat1 and mat2 must have the same dtype")
+        assert error.hint is None
     missing = refused(Mlp(), {"gain": Z})
     assert "missing 1 required positional argument: 'x'" in missing.what
 
@@ -846,8 +911,13 @@ def test_a_python_target(folder: Path, target: str) -> None:
         ("some_models:broken", "target 'some_models:broken': fails: ValueError: no weights", None),
         (
             "some_models:alone",
-            "inputs: a torch module is captured on example inputs; got none",
-            "capture(model, inputs) with a tensor, a tuple of arguments, or a dict of keyword arguments",
+            "target 'some_models:alone': returns a torch module without inputs; " + FORM,
+            "return model, inputs: a tensor, a tuple of arguments, or a dict of keyword arguments",
+        ),
+        (
+            "some_models.py",
+            "some_models.py: a Python file is no model",
+            "name a function in it that returns one: some_models.py:function",
         ),
     ],
 )

@@ -488,7 +488,9 @@ def test_opaque_nodes_move_only_to_opsets_where_they_are_the_same() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"opset": 99}, "opset 99: unknown; expected 1 to"),
+        ({"opset": 99}, "opset 99: unknown; expected 7 to"),
+        ({"opset": 0}, "opset 0: unknown; expected 7 to"),
+        ({"opset": 6}, "opset 6: is not written; expected 7 to"),
         ({"target": "tpu"}, "target 'tpu': unknown; expected onnx or ort"),
     ],
 )

@@ -306,7 +306,8 @@ def test_weights_of_zeros() -> None:
 
 
 def test_a_group_of_nothing() -> None:
-    with pytest.raises(PlanishError, match=r"^pass 'permute-channels': option 'group': expected an integer of at least 1; got 0$"):
+    wanted = r"^pass 'permute-channels': option 'group': expected an integer of at least 1; got 0$"
+    with pytest.raises(PlanishError, match=wanted):
         Pipeline("permute-channels{group=0}").run(rotary())
 
 

@@ -200,7 +200,8 @@ def test_a_norm_that_is_given_out() -> None:
 def test_options() -> None:
     with pytest.raises(PlanishError, match=r"^pass 'reparameterize-norm': needs calibration statistics"):
         Pipeline("reparameterize-norm").run(pre_norm())
-    with pytest.raises(PlanishError, match=r"^pass 'reparameterize-norm': option 'bits': expected an integer from 2 to 16; got 1$"):
+    wanted = r"^pass 'reparameterize-norm': option 'bits': expected an integer from 2 to 16; got 1$"
+    with pytest.raises(PlanishError, match=wanted):
         Pipeline("reparameterize-norm{bits=1}").run(pre_norm(), stats=Stats())
     assert ReparameterizeNorm.breaks == {"norm-gain-free", "norm-bias-free"}
 

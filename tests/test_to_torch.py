@@ -277,7 +277,98 @@ def test_model_comes_back_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     assert set(again.state_dict()) == set(own)
     assert all(torch.equal(again.state_dict()[key], value) for key, value in own.items())
     again.load_state_dict(own)
-    assert not any(parameter.requires_grad for parameter in again.parameters())
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert {name for name, parameter in again.named_parameters() if parameter.requires_grad} == trained
+
+
+class Across(torch.nn.Module):
+    """A linear on a transposed input: torch takes another kernel for it where its weight takes a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.nn.Linear(6, 5)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.out(x.transpose(1, 2))
+        self.mean.mul_(0.9).add_(y.detach().mean((0, 1)), alpha=0.1)
+        return y - self.mean
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_are_kept(trained: bool) -> None:
+    x = torch.randn(2, 6, 7, generator=torch.Generator().manual_seed(0))
+    module = Across().requires_grad_(trained).eval()
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.dim()))
+    graph = planish.capture(module, x)
+    check_text(graph)
+    assert graph.meta["torch.requires_grad"] == (("out.weight", "out.bias") if trained else ())
+    again = planish.to_torch(graph)
+    for _ in range(2):
+        assert torch.equal(again(x), module(x))
+    assert {n: p.requires_grad for n, p in again.named_parameters()} == {"out.weight": trained, "out.bias": trained}
+    assert not again.mean.requires_grad
+    assert torch.equal(again.mean, module.mean)
+    assert again.out.weight.data_ptr() != module.out.weight.data_ptr()
+    assert copy.deepcopy(again).out.weight.requires_grad == trained
+
+
+def test_gradients_are_those_of_the_module() -> None:
+    x = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    module = torch.nn.Linear(6, 5)
+    again = planish.to_torch(planish.capture(module, x))
+    for made in (module, again):
+        made(x).square().sum().backward()
+    assert torch.equal(again.weight.grad, module.weight.grad)
+
+
+class Function(torch.nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *xs: torch.Tensor) -> Any:
+        return self.function(*xs)
+
+
+SCALED = {
+    "add": lambda x, y: x.add(y, alpha=0.1),
+    "add_": lambda x, y: x.clone().add_(y, alpha=0.1),
+    "sub": lambda x, y: x.sub(y, alpha=0.3),
+    "sub_": lambda x, y: x.clone().sub_(y, alpha=0.3),
+    "rsub": lambda x, y: torch.rsub(x, y, alpha=0.7),
+    "rsub number": lambda x, y: torch.rsub(x, 0.3, alpha=0.7),
+}
+
+
+@pytest.mark.parametrize("name", list(SCALED))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_sums_with_a_factor_are_rounded_once(name: str, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(40, 33, generator=generator).to(dtype) for _ in range(2))
+    module = Function(SCALED[name])
+    graph = planish.capture(module, (x, y))
+    check_text(graph)
+    assert not any(node.op.opaque for node in graph.nodes)
+    assert torch.equal(planish.to_torch(graph)(x, y), module(x, y))
+
+
+def test_keys_and_classes_of_outputs() -> None:
+    """A dict has the keys that it had, a result of torch the class that it had, as torch.export keeps them."""
+    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    module = Function(lambda x: {3: x + 1, "a": (x, [x.max(-1)]), "b": torch.aminmax(x)})
+    graph = planish.capture(module, x)
+    check_text(graph)
+    assert graph.meta["torch.out_classes"] == ((5, "max"), (8, "aminmax"))
+    again = planish.to_torch(graph)
+    assert pytree.tree_structure(again(x)) == pytree.tree_structure(module(x))
+    loaded = pickle.loads(pickle.dumps(again))  # noqa: S301
+    for made in (again(x), loaded(x), torch.export.export(again, (x,)).module()(x)):
+        assert list(made) == [3, "a", "b"]
+        assert type(made["a"][1][0]) is torch.return_types.max
+        assert type(made["b"]) is torch.return_types.aminmax
+        assert torch.equal(made["a"][1][0].indices, x.max(-1).indices)
 
 
 def test_folded_constants() -> None:
@@ -378,6 +469,44 @@ def test_inputs_of_another_size_are_refused() -> None:
         module(torch.randn(3, 16, 16))
     with pytest.raises(planish.PlanishError, match="input 'image': expected a tensor, got list"):
         module([1.0])
+
+
+def test_inputs_of_another_dtype_are_refused() -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    module = planish.to_torch(planish.capture(torch.nn.Linear(3, 2), x))
+    name = "input 'input': wrong dtype; expected "
+    with pytest.raises(planish.PlanishError, match=f"{name}torch.float32, got torch.float64") as refused:
+        module(x.double())
+    assert refused.value.hint == "convert the input, or the whole module: module.to(torch.float64)"
+    with pytest.raises(planish.PlanishError, match=f"{name}torch.float32, got torch.int64") as refused:
+        module(x.long())
+    assert refused.value.hint == "convert it to torch.float32"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x.bfloat16()).dtype == torch.bfloat16
+    assert module.double()(x.double()).dtype == torch.float64
+    assert module.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
+    with pytest.raises(planish.PlanishError, match=f"{name}torch.bfloat16, got torch.float32"):
+        module(x)
+    ids = torch.tensor([[0, 2]])
+    lookup = planish.to_torch(planish.capture(torch.nn.Embedding(4, 3), ids)).double()
+    assert lookup(ids).dtype == torch.float64
+    with pytest.raises(planish.PlanishError, match=f"{name}torch.int64, got torch.bool"):
+        lookup(ids.bool())
+
+
+@pytest.mark.parametrize("dtype", ["f64", "float64", "torch.float64", torch.float64])
+def test_a_dtype_by_its_name(dtype: Any) -> None:
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
+    graph = planish.capture(torch.nn.Linear(3, 2), x)
+    assert planish.to_torch(graph, dtype=dtype)(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", ["i64", "float65", torch.int32, 64, float])
+def test_a_dtype_that_is_none(dtype: Any) -> None:
+    graph = planish.capture(torch.nn.Linear(3, 2), torch.ones(2, 3))
+    with pytest.raises(planish.PlanishError, match="dtype: expected a float dtype of torch, got ") as refused:
+        planish.to_torch(graph, dtype=dtype)
+    assert refused.value.hint == 'torch.float64, or its name "float64"'
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -273,6 +273,11 @@ def collect(
 
     if rows < 1:
         raise PlanishError(f"calibration: rows is {rows}; expected at least 1")
+    if isinstance(batches, Mapping | torch.Tensor):
+        raise PlanishError(
+            f"calibration: expected batches, each a dict of name to tensor, got one {type(batches).__name__}",
+            hint="collect(graph, [batch])",
+        )
     check_weights(graph)
     wanted = sites(graph, values)
     mask = None if row_mask is None else _RowMask(graph, row_mask)
@@ -300,7 +305,7 @@ def collect(
 
     count = 0
     for batch in progress(batches, "collecting statistics"):
-        if mask is not None:
+        if mask is not None and isinstance(batch, Mapping):
             mask.start(batch)
         evaluator.run(batch, observe=observe, observed=list(found))
         count += 1

@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 
-from planish.capture.from_fx import FAILURES, ProgramCapture, functional, refusal
+from planish.capture.from_fx import ProgramCapture
 from planish.capture.fx_builder import is_symbol
+from planish.capture.fx_export import FAILURES, functional, refusal
 from planish.capture.fx_signature import module_path
 from planish.capture.fx_walk import source_of
 from planish.ir.errors import PlanishError

@@ -16,24 +16,20 @@ Ops without a row become opaque nodes, which planish runs by calling torch.
     torch.in_spec       tree spec of (args, kwargs) as text
     torch.inputs        for each leaf of it ("input", name) or ("constant", value)
     torch.out_spec      tree spec of the result
+    torch.out_classes   (place, name) of the results of `torch.return_types` in it, nodes counted from the root
     torch.outputs       for each leaf of it ("output", name) or ("constant", value)
     torch.forward       the names of the positional arguments
     torch.mutations     (name of the input, name of the output that holds its new value) pairs
     torch.buffers       names of the constants that are buffers and stand in the state dict
     torch.unsaved       names of the constants that are buffers outside of it, or plain tensors
     torch.tied          (other name, name of the constant) pairs
+    torch.requires_grad names of the constants that are parameters which take a gradient; torch chooses kernels by it
     torch.device        of the parameters, where they are not on the CPU
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import traceback
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,22 +40,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from planish.capture import fx_calls
 from planish.capture.fx_builder import Builder, Size, is_symbol
-from planish.capture.fx_signature import constant_attribute, input_names, output_names, spec_text
+from planish.capture.fx_export import FAILURES, exported, quiet, refusal
+from planish.capture.fx_signature import constant_attribute, input_names, output_names, return_types, spec_text
 from planish.capture.fx_walk import Walk
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph, Value
 from planish.ir.types import TensorType
-
-FAILURES = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError,
-    ArithmeticError, ImportError,
-)  # fmt: skip
-ADVICE = {  # by what torch says
-    "which is not a known type": "leave it out of the outputs by the model's own options (use_cache=False, say), or "
-    "register its class with torch.utils._pytree.register_pytree_node",
-}
-HINT = "capture runs the model once without data: it must not choose its path by the values of tensors"
 
 
 def from_module(module: nn.Module, inputs: Any, *, dynamic_shapes: Any = None) -> Graph:
@@ -78,7 +65,7 @@ def from_module(module: nn.Module, inputs: Any, *, dynamic_shapes: Any = None) -
     for part in modes:
         part.training = False
     try:
-        program = _exported(module, args, kwargs, dynamic_shapes)
+        program = exported(module, args, kwargs, dynamic_shapes)
     finally:
         for part in modes:
             part.training = True
@@ -124,57 +111,6 @@ def arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     raise PlanishError(
         f"inputs: expected a tensor, a tuple of arguments or a dict of keyword arguments, got {type(inputs).__name__}"
     )
-
-
-def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
-    kind = type(module).__name__
-    try:
-        return functional(module, args, kwargs, dynamic)
-    except FAILURES as error:
-        try:
-            with torch.no_grad():
-                module(*args, **kwargs)
-        except FAILURES as own:
-            raise refusal(f"inputs: {kind} does not run on them", own, hint=None) from own
-        raise refusal(f"{kind}: torch.export refuses the model", error) from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without torch's warnings of its own use of torch, and its logs of errors that are raised as well."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = before
-
-
-def functional(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: Any) -> ExportedProgram:
-    """The module as a program without mutation, whose ops are those that the IR has rows for."""
-    with quiet(), torch.no_grad():
-        program = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
-        return program.run_decompositions({})
-
-
-def refusal(what: str, error: BaseException, hint: str | None = HINT) -> PlanishError:
-    """An error of torch's as one of ours: its first line, and where in the user's code it arose."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = re.split(r"\. (?=[A-Z])", lines[0])[0] if lines else type(error).__name__
-    if text.startswith("Constraints violated"):  # of the dynamic shapes
-        text = lines[1].removeprefix("- ") if len(lines) > 1 else text
-        begin = lines.index("Suggested fixes:") if "Suggested fixes:" in lines else len(lines)
-        fixes = [line for line in lines[begin + 1 :] if re.fullmatch(r"\w+ = .*", line)]
-        hint = f"torch suggests the dynamic shapes {', '.join(fixes)}" if fixes else None
-    for sign, advice in ADVICE.items():
-        hint = advice if sign in text else hint
-    home = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((home, "<"))]
-    frames = [f for f in frames if Path(f.filename) != Path(__file__)]
-    where = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else None
-    return PlanishError(f"{what}: {text}", where=where, hint=hint)
 
 
 def _dim_names(
@@ -340,12 +276,18 @@ class ProgramCapture:
         buffers = set(signature.buffers) - unsaved
         meta["torch.buffers"] = tuple(v.name for n, v in self.read.items() if n in buffers)
         meta["torch.unsaved"] = tuple(v.name for n, v in self.read.items() if n in unsaved)
+        meta["torch.requires_grad"] = tuple(v.name for n, v in self.read.items() if self._requires_grad(n))
         tied = ((n, first) for n, first in self.names.items() if n != first and first in self.read)
         meta["torch.tied"] = tuple((self.paths.get(n, n), self.read[first].name) for n, first in tied)
         meta.update(fx_calls.as_meta(self.b))
         device = next((str(t.device) for t in self.state.values() if t.device.type != "cpu"), None)
         if device is not None:
             meta["torch.device"] = device
+
+    def _requires_grad(self, target: str) -> bool:
+        """True for a parameter that takes a gradient, under whichever of its names."""
+        tensor = self.state.get(target)
+        return isinstance(tensor, nn.Parameter) and tensor.requires_grad
 
     # -- outputs -----------------------------------------------------------------------------------
 
@@ -385,6 +327,9 @@ class ProgramCapture:
         meta = b.graph.meta
         if spec is not None:
             meta["torch.out_spec"] = spec_text(spec)
+            classes = return_types(spec)
+            if classes:
+                meta["torch.out_classes"] = classes
         meta["torch.outputs"] = tuple(leaves)
         meta["torch.mutations"] = tuple(mutations)
 

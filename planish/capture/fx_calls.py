@@ -32,6 +32,9 @@ _SEVERAL = frozenset(
 _OTHER_KERNELS = frozenset(
     {"aten._grouped_mm.default", "transformers.grouped_mm_fallback.default", "aten.einsum.default"}
 )
+# with alpha: the kernel rounds once, a product and a sum round twice
+_SCALED = frozenset({"aten.add.Tensor", "aten.add.Scalar", "aten.sub.Tensor", "aten.sub.Scalar", "aten.rsub.Scalar",
+                     "aten.rsub.Tensor"})  # fmt: skip
 _COPIES = frozenset({"aten.clone.default", "aten.contiguous.default"})
 
 
@@ -47,14 +50,13 @@ def note(b: Builder, target: Any, bound: Mapping[str, Any], made: Any, last: Nod
         b.notes.append((made, "contiguous"))
     if name == "aten.scaled_dot_product_attention.default" and bound.get("enable_gqa"):
         b.notes.append((made, "shared-heads"))
-    if (
-        name not in _SEVERAL | _OTHER_KERNELS
-        or any(isinstance(given, Size) for given in bound.values())
-        or made.producer is None
-    ):
+    if any(isinstance(given, Size) for given in bound.values()):
+        return
+    several = name in _SEVERAL or (name in _SCALED and bound.get("alpha", 1) != 1)
+    if not (several or name in _OTHER_KERNELS) or made.producer is None:
         return
     nodes = list(_after(b.graph, last))
-    if len(nodes) < (2 if name in _SEVERAL else 1):
+    if len(nodes) < (2 if several else 1):
         return
     end = b.graph._last
     kept = fx_opaque.append(b, target, bound)[0].producer

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 
 from planish.ir.graph import Attribute
@@ -91,11 +93,30 @@ def spec_text(spec: pytree.TreeSpec) -> str:
         return pytree.treespec_dumps(pytree.tree_structure(_plainer(spec)))
 
 
+def return_types(spec: pytree.TreeSpec) -> tuple[tuple[int, str], ...]:
+    """(place, name) of the classes of `torch.return_types`, which have no serialised name; from the root on."""
+    found: list[tuple[int, str]] = []
+
+    def visit(node: pytree.TreeSpec, place: int) -> int:
+        name = getattr(node.type, "__name__", "")
+        if not node.is_leaf() and getattr(torch.return_types, name, None) is node.type:
+            found.append((place, name))
+        place += 1
+        for child in node.children():
+            place = visit(child, place)
+        return place
+
+    visit(spec, 0)
+    return tuple(found)
+
+
 def _plainer(spec: pytree.TreeSpec) -> Any:
-    """A tree of dicts and tuples of the same structure."""
+    """A tree of dicts and tuples of the same structure; what has a serialised name keeps its class and its keys."""
     if spec.is_leaf():
         return 0
     children = [_plainer(child) for child in spec.children()]
+    if spec.type in (tuple, list, dict, OrderedDict):
+        return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(children, spec.context)
     keys = _keys(spec)
     return tuple(children) if all(key.isdigit() for key in keys) else dict(zip(keys, children, strict=True))
 

@@ -28,6 +28,7 @@ from planish.ir.types import TensorType
 
 DEFAULT_OPSET = 21  # for graphs that did not come from ONNX
 DEFAULT_IR_VERSION = 10
+OLDEST_OPSET = 7  # before it, operands broadcast only where an attribute says so
 AXIS_OPSET = 13  # of QuantizeLinear and DequantizeLinear with a scale per channel
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
 
@@ -54,11 +55,16 @@ def _schema(op_type: str, domain: str, version: int) -> onnx.defs.OpSchema | Non
         return None
 
 
-def check_opset(opset: int) -> None:
-    """An error if there is no such version of ONNX's default domain."""
+def check_opset(opset: int, own: int | None = None) -> None:
+    """An error if there is no such version of ONNX's default domain, or one that planish does not write.
+
+    Args:
+        own: the version that the graph came with, which is written whatever it is.
+    """
     newest = onnx.defs.onnx_opset_version()
-    if not 1 <= opset <= newest:
-        raise PlanishError(f"opset {opset}: unknown; expected 1 to {newest}")
+    if opset != own and not OLDEST_OPSET <= opset <= newest:
+        why = "is not written" if 1 <= opset <= newest else "unknown"
+        raise PlanishError(f"opset {opset}: {why}; expected {OLDEST_OPSET} to {newest}")
 
 
 def check_target(target: str) -> None:
@@ -86,7 +92,7 @@ class Emission:
         self.imports = {domain_of(dialect(d)): v for d, v in opsets_of(graph).items()}
         self.opset = opset or self.imports.get("") or DEFAULT_OPSET
         if opset is not None:
-            check_opset(opset)
+            check_opset(opset, self.imports.get(""))
         if opset is None and self.opset < least_opset(graph):
             opset = self.opset = least_opset(graph)
         self.imported = frozenset(self.imports)
@@ -341,6 +347,9 @@ class Emission:
 
     def _opaque(self, node: Node) -> None:
         dialect_name, _, op_type = node.op.name.rpartition("::")
+        if node.op.name in _emitters:  # of torch
+            _emitters[node.op.name](node, self)
+            return
         if dialect_name == "torch":
             raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node))
         domain = domain_of(dialect_name)

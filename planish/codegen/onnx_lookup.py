@@ -53,14 +53,14 @@ def _topk(node: Node, e: Emission) -> None:
     k = node.attributes.get("k", 1)
     assert isinstance(k, int)
     largest, in_order = (int(bool(node.attributes.get(name, True))) for name in ("largest", "sorted"))
-    e.add(
-        "TopK",
-        [e.name(_operand(node, 0)), e.ints((k,), "k")],
-        e.outputs(node),
-        axis=_axis(node),
-        largest=largest,
-        sorted=in_order,
-    )
+    x, (values, places) = _operand(node, 0), e.outputs(node)
+    data, narrow = e.name(x), x.dtype == "bf16"  # which TopK does not take: float32 has the same order
+    if narrow:
+        data = e.add("Cast", [data], to=onnx_enum("f32"))
+    found = e.fresh("largest") if narrow else values
+    e.add("TopK", [data, e.ints((k,), "k")], [found, places], axis=_axis(node), largest=largest, sorted=in_order)
+    if narrow:
+        e.add("Cast", [found], values, to=onnx_enum("bf16"))
 
 
 @emitter("gather_nd")

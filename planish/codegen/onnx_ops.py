@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from planish.codegen import onnx_decompose, onnx_lookup, onnx_quantised, onnx_scan  # noqa: F401  register their emitters
+from planish.codegen import (  # noqa: F401  register their emitters
+    onnx_decompose,
+    onnx_lookup,
+    onnx_quantised,
+    onnx_scan,
+    onnx_torch,
+)
 from planish.codegen.onnx_emission import Emission, emitter
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Node, Value
@@ -124,7 +130,7 @@ def _concat(node: Node, e: Emission) -> None:
 def _split(node: Node, e: Emission) -> None:
     x, sizes = e.name(node.operands[0]), get(node, "sizes")
     if e.since("Split") >= 13:
-        sizes_name = e.ints(sizes, f"{e.name(node.result)}_sizes")
+        sizes_name = e.ints(sizes, f"sizes_of_{e.name(node.result)}")
         e.add("Split", [x, sizes_name], e.outputs(node), axis=get(node, "axis"))
     else:
         e.add("Split", [x], e.outputs(node), axis=get(node, "axis"), split=sizes)
@@ -157,7 +163,7 @@ def _squeeze(node: Node, e: Emission) -> None:
     if not axes:
         e.add("Identity", [x], e.outputs(node))
     elif e.since(op_type) >= 13:
-        e.add(op_type, [x, e.ints(axes, f"{e.name(node.result)}_axes")], e.outputs(node))
+        e.add(op_type, [x, e.ints(axes, f"axes_of_{e.name(node.result)}")], e.outputs(node))
     else:
         e.add(op_type, [x], e.outputs(node), axes=axes)
 

@@ -11,7 +11,7 @@ casts and constants ask for included: then it computes what `planish.evaluate(gr
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx
@@ -25,6 +25,7 @@ from planish.codegen import torch_calls
 from planish.codegen.torch_emission import EMITTERS, Emission
 from planish.codegen.torch_sizes import integers
 from planish.ir.errors import PlanishError
+from planish.ir.types import WIDE_FLOATS, torch_dtype
 
 if TYPE_CHECKING:
     from planish.ir.graph import Graph, Node
@@ -32,23 +33,25 @@ if TYPE_CHECKING:
 __all__ = ["to_torch"]
 
 
-def to_torch(graph: Graph, *, dtype: torch.dtype | None = None) -> torch.fx.GraphModule:
+def to_torch(graph: Graph, *, dtype: torch.dtype | str | None = None) -> torch.fx.GraphModule:
     """The graph as a torch module.
 
     Args:
-        dtype: hold every float of the graph in this dtype (float64: constants that a pass folded are not rounded);
-            None: each in its own.
+        dtype: hold every float of the graph in this dtype, or the dtype of this name ("float64").
+            In float64, constants that a pass folded are not rounded. None: each in its own.
 
     Returns:
-        A GraphModule in evaluation mode. Floats are parameters (that take no gradient) or, where they were
-        buffers, buffers, all under the names of the graph's constants; a float64 master of a narrower dtype is
-        rounded once. Called as the captured module: with its arguments by position or by name, giving its
-        structure of outputs. An argument that was no tensor must be what it was at the capture.
+        A GraphModule in evaluation mode. Floats are parameters (which take a gradient where the captured
+        module's did) or, where they were buffers, buffers, all under the names of the graph's constants; a float64
+        master of a narrower dtype is rounded once. Called as the captured module: with its arguments by position or
+        by name, giving its structure of outputs. Tensors must have the dtypes and static sizes of the capture (floats
+        follow `.to()` of the module); an argument that was no tensor must be what it was.
 
     Raises:
-        PlanishError: an op of another dialect than torch's, strings, or a rank that is not known.
+        PlanishError: an op of another dialect than torch's, strings, a rank that is not known, or a `dtype` that
+            is none of a float.
     """
-    emission = Emission(graph, dtype)
+    emission = Emission(graph, _wide(dtype))
     torch_calls.inputs(emission)
     for node in graph.nodes:
         emit(emission, node)
@@ -64,6 +67,22 @@ def to_torch(graph: Graph, *, dtype: torch.dtype | None = None) -> torch.fx.Grap
     module.eval()
     device = graph.meta.get("torch.device")
     return module.to(device) if isinstance(device, str) else module
+
+
+def _wide(dtype: Any) -> torch.dtype | None:
+    """The dtype of every float, by itself or by its name."""
+    if dtype is None:
+        return None
+    found = torch_dtype(dtype) if dtype in WIDE_FLOATS else None
+    if isinstance(dtype, str) and found is None:
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+    found = dtype if isinstance(dtype, torch.dtype) else found
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise PlanishError(
+            f"dtype: expected a float dtype of torch, got {dtype!r}",
+            hint='torch.float64, or its name "float64"',
+        )
+    return found
 
 
 def emit(emission: Emission, node: Node) -> None:

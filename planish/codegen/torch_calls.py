@@ -10,18 +10,20 @@ is, several as a dict by name.
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils._pytree as pytree
 
 from planish.codegen import torch_functions
-from planish.codegen.torch_emission import Emission
+from planish.codegen.torch_emission import HELD_AS, Emission
 from planish.ir.errors import PlanishError
+from planish.ir.types import is_float, torch_dtype
 
 if TYPE_CHECKING:
     import torch.fx
@@ -168,10 +170,12 @@ def _by_name(emission: Emission) -> None:
 
 
 def _check(emission: Emission, value: Value) -> None:
-    """Refuse tensors of sizes that the graph does not hold for."""
+    """Refuse tensors of sizes and dtypes that the graph does not hold for."""
     if value.shape is not None:
         dims = tuple(d if isinstance(d, int) else None for d in value.shape)
-        emission.call(torch_functions.check_input, emission.tensors[value], value.name, dims)
+        held = HELD_AS.get(value.dtype or "", value.dtype or "")
+        dtype = emission.like_dtype(held) if is_float(held) else torch_dtype(held)
+        emission.call(torch_functions.check_input, emission.tensors[value], value.name, dims, dtype)
 
 
 # -- outputs ---------------------------------------------------------------------------------------------
@@ -185,32 +189,58 @@ def outputs(emission: Emission) -> None:
     made = {name: emission.tensor(value) for name, value in named.items()}
     for target, output in pairs:
         place = next(v for v in emission.graph.inputs if v.name == target)
-        emission.call(torch.ops.aten.copy_.default, emission.places[place], made[output])
+        new = made[output]
+        if emission.trained:  # what a buffer holds is no part of the next call's gradient
+            new = emission.call(torch.ops.aten.detach.default, new)
+        emission.call(torch.ops.aten.copy_.default, emission.places[place], new)
     spec = _spec(emission, "torch.out_spec")
     if spec is None:
         kept = {name: node for name, node in made.items() if name not in states}
         emission.fx.output(next(iter(kept.values())) if len(kept) == 1 else kept)
         return
     leaves = [made[str(value)] if kind == "output" else value for kind, value in _leaves(emission, "torch.outputs")]
-    emission.fx.output(_structure(emission, spec, leaves))
+    emission.fx.output(_structure(emission, spec, leaves, _classes(emission), itertools.count()))
 
 
-def _structure(emission: Emission, spec: pytree.TreeSpec, leaves: list[Any]) -> Any:
-    """The leaves (taken from the front of the list) in the structure."""
+def _classes(emission: Emission) -> dict[int, str]:
+    """The classes of `torch.return_types` in the structure of outputs, by the place of their node."""
+    kept: Any = emission.graph.meta.get("torch.out_classes")
+    return {int(place): str(name) for place, name in kept} if isinstance(kept, tuple) else {}
+
+
+def _structure(
+    emission: Emission, spec: pytree.TreeSpec, leaves: list[Any], classes: Mapping[int, str], places: Iterator[int]
+) -> Any:
+    """The leaves (taken from the front of the list) in the structure, whose nodes are counted from the root."""
+    place = next(places)
     if spec.is_leaf():
         return leaves.pop(0)
     kind, context = spec.type, spec.context
     if kind in (tuple, list):
-        parts = [_structure(emission, child, leaves) for child in spec.children()]
+        parts = [_structure(emission, child, leaves, classes, places) for child in spec.children()]
+        if place in classes:
+            return emission.call(torch_functions.return_type, classes[place], parts)
         return tuple(parts) if kind is tuple else parts
     if kind is dict:
-        return {key: _structure(emission, child, leaves) for key, child in zip(context, spec.children(), strict=True)}
+        return {
+            key: _structure(emission, child, leaves, classes, places)
+            for key, child in zip(context, spec.children(), strict=True)
+        }
     names = isinstance(context, list | tuple) and all(isinstance(key, str) and key.isidentifier() for key in context)
     if names and isinstance(kind, type) and issubclass(kind, dict) and len(context) == spec.num_children:
-        fields = {key: _structure(emission, child, leaves) for key, child in zip(context, spec.children(), strict=True)}
+        fields = {
+            key: _structure(emission, child, leaves, classes, places)
+            for key, child in zip(context, spec.children(), strict=True)
+        }
         return emission.call(kind, **fields)
+    for _ in range(_nodes(spec) - 1):
+        next(places)
     taken, leaves[:] = leaves[: spec.num_leaves], leaves[spec.num_leaves :]
     return emission.call(torch_functions.structure, pytree.treespec_dumps(spec), taken)
+
+
+def _nodes(spec: pytree.TreeSpec) -> int:
+    return 1 + sum(_nodes(child) for child in spec.children())
 
 
 def _leaves_as_output(emission: Emission, place: Value) -> bool:

@@ -86,6 +86,7 @@ class Emission:
         self.contiguous = fx_calls.noted(graph, "contiguous")
         self.shared_heads = fx_calls.noted(graph, "shared-heads")
         self.unsaved = _names(graph, "torch.unsaved")  # buffers outside of the state dict
+        self.trained = _names(graph, "torch.requires_grad")  # parameters that take a gradient
         self.named: set[torch.fx.Node] = set()  # nodes that bear the name of a value
         self._likes: dict[str, torch.fx.Node] = {}
         self._shared: dict[str, torch.fx.Node] = {}
@@ -105,8 +106,13 @@ class Emission:
         """A call of a tensor's method."""
         return self.fx.call_method(name, args, kwargs)
 
-    def register(self, name: str, data: torch.Tensor, *, buffer: bool, persistent: bool = True) -> str:
+    def register(
+        self, name: str, data: torch.Tensor, *, buffer: bool, persistent: bool = True, requires_grad: bool = False
+    ) -> str:
         """Put a tensor into the module, in submodules by its dotted name.
+
+        Args:
+            requires_grad: of a parameter.
 
         Returns:
             The name under which it stands: another one where this one is taken.
@@ -123,7 +129,7 @@ class Emission:
             if not persistent:
                 self.transient.append(wanted)
         else:
-            owner.register_parameter(leaf, torch.nn.Parameter(data, requires_grad=False))
+            owner.register_parameter(leaf, torch.nn.Parameter(data, requires_grad=requires_grad))
         return wanted
 
     def _place(self, name: str) -> tuple[torch.nn.Module | None, str]:
@@ -207,7 +213,10 @@ class Emission:
             and name not in self.buffers
             and (buffer or not (constant.shape or self._is_state(name, constant)))
         )
-        return self.register(name, self.held(constant), buffer=buffer or of_code, persistent=not of_code)
+        trained = name in self.trained and is_float(constant.dtype)
+        return self.register(
+            name, self.held(constant), buffer=buffer or of_code, persistent=not of_code, requires_grad=trained
+        )
 
     def held(self, constant: Constant) -> torch.Tensor:
         """The data of a constant as the module holds it."""
@@ -249,6 +258,10 @@ class Emission:
         if dtype in ("f32", "f16", "bf16"):
             return self._attribute(dtype, "dtype")
         return torch_dtype(HELD_AS.get(dtype, dtype))
+
+    def like_dtype(self, dtype: str) -> torch.fx.Node:
+        """The dtype that `.to()` makes of any float dtype, float64 included."""
+        return self._attribute(dtype, "dtype")
 
     def device(self) -> torch.fx.Node:
         """The device of the module."""

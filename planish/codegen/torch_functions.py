@@ -20,12 +20,24 @@ from planish.ir.errors import PlanishError
 
 
 @torch.fx.node.has_side_effect
-def check_input(x: Any, name: str, dims: Sequence[int | None]) -> None:
-    """Refuse a tensor of another rank or another size than the graph was captured with; None: any size."""
+def check_input(x: Any, name: str, dims: Sequence[int | None], dtype: torch.dtype) -> None:
+    """Refuse a tensor of another dtype, rank or size than the graph was captured with; None: any size.
+
+    Args:
+        dtype: what is expected: of a float, what `.to()` made of the module since. Under autocast any float is.
+    """
     if not isinstance(x, torch.Tensor):
         raise PlanishError(f"input '{name}': expected a tensor, got {type(x).__name__}")
     if x.dim() != len(dims):
         raise PlanishError(f"input '{name}': wrong rank; expected {len(dims)}, got {x.dim()}")
+    floats = x.is_floating_point() and dtype.is_floating_point
+    if x.dtype != dtype and not (floats and torch.is_autocast_enabled(x.device.type)):
+        raise PlanishError(
+            f"input '{name}': wrong dtype; expected {dtype}, got {x.dtype}",
+            hint=f"convert the input, or the whole module: module.to({x.dtype})"
+            if floats
+            else f"convert it to {dtype}",
+        )
     for axis, size in enumerate(dims):
         if size is not None and x.shape[axis] != size:
             raise PlanishError(
@@ -65,6 +77,11 @@ def leaves(structure: Any, name: str, count: int) -> list[Any]:
 def structure(spec: str, parts: Sequence[Any]) -> Any:
     """A nested result of its leaves; `spec` is the pytree's text."""
     return torch.utils._pytree.tree_unflatten(list(parts), torch.utils._pytree.treespec_loads(spec))
+
+
+def return_type(name: str, parts: Sequence[Any]) -> Any:
+    """A result that torch gives by the names of its parts: `torch.return_types.max`, say."""
+    return getattr(torch.return_types, name)(list(parts))
 
 
 # -- sizes -----------------------------------------------------------------------------------------------

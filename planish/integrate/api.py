@@ -49,9 +49,14 @@ def capture(model: Model, inputs: Any = None, *, dynamic_shapes: Any = None) -> 
             from planish.integrate import python_target
 
             if python_target.is_target(model):
-                model, given = python_target.load(model)
-                return capture(model, given if inputs is None else inputs, dynamic_shapes=dynamic_shapes)
+                made, given = python_target.load(model)
+                python_target.check_inputs(model, made, given if inputs is None else inputs)
+                return capture(made, given if inputs is None else inputs, dynamic_shapes=dynamic_shapes)
         path = Path(model)
+        if path.suffix == ".py":
+            raise PlanishError(
+                f"{path}: a Python file is no model", hint=f"name a function in it that returns one: {path}:function"
+            )
         if path.suffix == ".ir":
             from planish.ir.store import load
 
@@ -97,17 +102,17 @@ def to_onnx(graph: Graph, path: str | Path, *, target: str = "onnx", opset: int 
     write(graph, path, target=target, opset=opset)
 
 
-def to_torch(graph: Graph, *, dtype: torch.dtype | None = None) -> torch.fx.GraphModule:
+def to_torch(graph: Graph, *, dtype: torch.dtype | str | None = None) -> torch.fx.GraphModule:
     """The graph as a torch module that is called as the captured one.
 
     With no pass applied, a captured torch module comes back bit for bit. Parameters stand at their module paths.
     A graph of ONNX takes its inputs by position or by name and returns its output, or a dict of its outputs.
 
     Args:
-        dtype: hold every float in this dtype: torch.float64 keeps what passes folded unrounded.
+        dtype: hold every float in this dtype: torch.float64, or "float64", keeps what passes folded unrounded.
 
     Raises:
-        PlanishError: an op that torch does not have.
+        PlanishError: an op that torch does not have, or a dtype that is none of a float.
     """
     from planish.codegen.torch import to_torch
 

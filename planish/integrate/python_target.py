@@ -64,6 +64,20 @@ def load(text: str) -> tuple[Any, Any]:
     return made, None
 
 
+def check_inputs(text: str, model: Any, inputs: Any) -> None:
+    """Refuse a torch module without example inputs.
+
+    Raises:
+        PlanishError: the target gave none, and no others are there.
+    """
+    torch = sys.modules.get("torch")
+    if inputs is None and torch is not None and isinstance(model, torch.nn.Module):
+        raise PlanishError(
+            f"target '{text}': returns a torch module without inputs; {FORM}",
+            hint="return model, inputs: a tensor, a tuple of arguments, or a dict of keyword arguments",
+        )
+
+
 def _module(name: str) -> ModuleType:
     try:
         if name.endswith(".py"):

@@ -222,6 +222,11 @@ def bind_inputs(
     Raises:
         PlanishError: a name, dtype, rank or dim that does not fit, or a symbolic dim with two sizes.
     """
+    if not isinstance(inputs, Mapping):
+        raise PlanishError(
+            f"inputs: expected a dict of name to tensor, got {type(inputs).__name__}",
+            hint=f"the inputs of the graph: {', '.join(v.name for v in graph.inputs) or 'none'}",
+        )
     wide = wide or Wide()
     known = {value.name: value for value in graph.inputs}
     for name in inputs:

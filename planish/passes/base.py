@@ -179,6 +179,11 @@ class Pass:
         """True if it cannot run without statistics; a pass for which its options decide overrides the property."""
         return False
 
+    def __post_init__(self) -> None:
+        from planish.passes.options import check_options
+
+        check_options(self)
+
     def run(self, graph: Graph, context: Context) -> PassReport:
         """Edit `graph` and say what was done."""
         raise NotImplementedError  # abstract: every pass defines it

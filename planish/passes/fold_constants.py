@@ -33,7 +33,7 @@ from planish.ir.types import WIDE_FLOATS, is_float, numpy_dtype
 from planish.passes.base import Context, Exactness, RewritePass
 from planish.passes.broadcasts import drop_expansions
 from planish.passes.match import attribute, erase_dead, is_op, is_output, nan_guarded, scalar
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ NEUTRAL: Mapping[str, tuple[float, bool]] = {  # op: (neutral element, whether o
 
 
 @dataclass(frozen=True)
-class FoldConstants(CheckedPass, RewritePass):
+class FoldConstants(RewritePass):
     """Constant folding and the removal of identities.
 
     Args:

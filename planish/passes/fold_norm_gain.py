@@ -26,10 +26,10 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale, Shift
-from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
 from planish.passes.finite import require_finite_space
 from planish.passes.match import attribute
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 from planish.passes.residual_sinks import Sink, residual_sinks, warning
 from planish.passes.ties import Tie, tied, untie
 
@@ -37,7 +37,7 @@ NORMS = ("layer_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
-class FoldNormGain(CheckedPass):
+class FoldNormGain(Pass):
     """The gains and biases of layer norms and RMS norms move into the readers.
 
     Args:

@@ -29,10 +29,10 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import ChannelSpaces, analyse
 from planish.ir.transform import Mix
-from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
 from planish.passes.finite import require_finite_space
 from planish.passes.hadamard import block_rotation, largest_order
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 
 FREE = "rotate-channels rotates it at no cost"
 
@@ -50,7 +50,7 @@ class _Site:
 
 
 @dataclass(frozen=True)
-class InsertHadamard(CheckedPass):
+class InsertHadamard(Pass):
     """Online Hadamard transforms where rotations cannot be folded, only when asked for."""
 
     name = "insert-hadamard"

@@ -23,8 +23,8 @@ from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import Act, Carry
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import ChannelStats, Stats
-from planish.passes.base import Context, Exactness, PassReport, place
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.options import Range, option
 from planish.passes.sites import reads_by_weight
 
 
@@ -38,7 +38,7 @@ def choose_outliers(largest: np.ndarray, count: int, ratio: float) -> np.ndarray
 
 
 @dataclass(frozen=True)
-class IsolateOutliers(CheckedPass):
+class IsolateOutliers(Pass):
     """Split linear - activation function - linear into an outlier part and the rest."""
 
     name = "isolate-outliers"

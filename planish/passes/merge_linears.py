@@ -17,13 +17,13 @@ import numpy as np
 from planish.ir.constant import Constant
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
-from planish.passes.base import Context, Exactness, PassReport, place
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
 from planish.passes.match import attribute
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 
 
 @dataclass(frozen=True)
-class MergeLinears(CheckedPass):
+class MergeLinears(Pass):
     """Linears that read one value become one.
 
     Args:

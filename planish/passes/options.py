@@ -5,8 +5,7 @@ A pass gives the range with the default of the field:
     alpha: float = option(0.5, Range(0, 1))
     block: int | None = option(None, Range(1))
 
-and derives from `CheckedPass`, so that a value is checked wherever the pass is made: from a pipeline's text, from
-YAML, in Python.
+Every pass checks its values when it is made: from a pipeline's text, from YAML, in Python.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ import math
 import numbers
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planish.ir.errors import PlanishError
-from planish.passes.base import Pass
+
+if TYPE_CHECKING:
+    from planish.passes.base import Pass
 
 RANGE = "range"  # the key in a field's metadata
 
@@ -82,11 +83,3 @@ def check_options(instance: Pass) -> None:
             f"pass '{instance.name}': option '{name.replace('_', '-')}': expected {wanted}"
             f"{', or none' if absent else ''}; got {value!r}"
         )
-
-
-@dataclass(frozen=True)
-class CheckedPass(Pass):
-    """A pass whose numeric options are checked when it is made."""
-
-    def __post_init__(self) -> None:
-        check_options(self)

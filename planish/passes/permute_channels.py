@@ -31,17 +31,17 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Member, Space, analyse
 from planish.ir.stats import Stats
 from planish.ir.transform import Permute, apply
-from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.channels import behind, channel_norms, channel_ranges, key_side, kind_of, positions, title
 from planish.passes.finite import require_finite_space
 from planish.passes.head_tables import widen_tables
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 from planish.passes.orders import choose_order, imbalance, mean_group_range
 from planish.passes.sites import reads_by_weight
 
 
 @dataclass(frozen=True)
-class PermuteChannels(CheckedPass):
+class PermuteChannels(Pass):
     """Put channels in an order that suits quantisation in groups."""
 
     name = "permute-channels"

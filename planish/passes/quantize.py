@@ -34,8 +34,8 @@ from planish.ir.graph import Attribute, Graph, Node, Value
 from planish.ir.ops.base import Wide
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import Stats
-from planish.passes.base import Context, Exactness, PassReport, place
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.options import Range, option
 from planish.passes.sites import READERS, reads_by_weight, row_floor, weight_matrix
 from planish.passes.solvers import (
     choose_static_range,
@@ -48,7 +48,7 @@ from planish.passes.solvers import (
 
 
 @dataclass(frozen=True)
-class Quantize(CheckedPass):
+class Quantize(Pass):
     """Put 8-bit numbers on weights, activations and embedding tables."""
 
     name = "quantize"

@@ -28,10 +28,10 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.stats import Stats
 from planish.ir.transform import Scale, Shift
-from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.channels import channel_ranges
 from planish.passes.finite import require_finite_space
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 
 
 def choose_center(
@@ -68,7 +68,7 @@ def used_share(low: np.ndarray, high: np.ndarray) -> float:
 
 
 @dataclass(frozen=True)
-class ReparameterizeNorm(CheckedPass):
+class ReparameterizeNorm(Pass):
     """Turn a scale and zero point for each channel behind a norm into one for all."""
 
     name = "reparameterize-norm"

@@ -28,17 +28,17 @@ from planish.ir.graph import Graph, Node
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
-from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.channels import kind_of, positions, title
 from planish.passes.finite import require_finite_space
 from planish.passes.hadamard import choose_rotation, cut, describe
 from planish.passes.mixing_sites import mixable, said_blocks, said_ties, second_moment
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 from planish.passes.ties import Tie, copy_name, shared, untie
 
 
 @dataclass(frozen=True)
-class RotateChannels(CheckedPass):
+class RotateChannels(Pass):
     """Spread outliers over all channels by rotations that weights absorb."""
 
     name = "rotate-channels"

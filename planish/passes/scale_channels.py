@@ -38,9 +38,9 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Scale
 from planish.passes.balance import balance
-from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.finite import require_finite_space
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 from planish.passes.scales import Judge, Quantiser, percentile_scale, smoothquant_scale, threshold_scale
 from planish.passes.sites import Site, dual_site_of, site_of
 
@@ -48,7 +48,7 @@ DUAL = frozenset({"smoothquant", "os-plus", "search"})  # methods that weigh bot
 
 
 @dataclass(frozen=True)
-class ScaleChannels(CheckedPass):
+class ScaleChannels(Pass):
     """Move the difficulty of quantisation from activations to weights, site by site."""
 
     name = "scale-channels"

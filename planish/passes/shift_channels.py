@@ -22,9 +22,9 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import analyse
 from planish.ir.transform import Shift
-from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.finite import require_finite_space
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 from planish.passes.sites import Site, site_of
 
 
@@ -35,7 +35,7 @@ def choose_shift(low: np.ndarray, high: np.ndarray, amount: float = 1.0) -> np.n
 
 
 @dataclass(frozen=True)
-class ShiftChannels(CheckedPass):
+class ShiftChannels(Pass):
     """Centre the range of every channel that a linear reads."""
 
     name = "shift-channels"

@@ -32,12 +32,12 @@ from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space, analyse
 from planish.ir.transform import Mix
-from planish.passes.base import Context, Exactness, PassReport
+from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.channel_transforms import block_rotations, invertible, kronecker, kronecker_sizes
 from planish.passes.channels import kind_of, positions, title
 from planish.passes.finite import require_finite_space
 from planish.passes.mixing_sites import mixable, said_blocks, second_moment
-from planish.passes.options import CheckedPass, Range, option
+from planish.passes.options import Range, option
 
 
 def load_matrices(path: str) -> dict[str, np.ndarray]:
@@ -58,7 +58,7 @@ def load_matrices(path: str) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class TransformChannels(CheckedPass):
+class TransformChannels(Pass):
     """Invertible maps, given or chosen, on the spaces that admit them."""
 
     name = "transform-channels"
