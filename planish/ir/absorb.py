@@ -41,13 +41,7 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
         raise Declined(space.blockers[0].reason, space.blockers[0].node)
     # readers first: an op behind a blocked producer then stands before theirs
     edges = sorted(dict.fromkeys(map(_Edge, space.blockers)), key=lambda edge: not edge.into)
-    nested = space.nested if edges else ()
-    for edge in edges:
-        edge.check(space.act)
-        if edge.blocker.value in nested:
-            raise Declined("an explicit op on nested axes of one tensor is not supported", edge.blocker.node)
-        if _carried_beside(edge.blocker, space):
-            raise Declined("another operand or result of the op carries the transform", edge.blocker.node)
+    _check_edges(edges, space)
     for site in space.maximal_folds:
         if not isinstance(transform, Shift) or site.node.op.fold is None:
             raise Declined(f"{site.node.op.name} has no formula for this transform", site.node)
@@ -61,14 +55,23 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
     return len(edges)
 
 
-def _carried_beside(blocker: Blocker, space: Space) -> bool:
-    """True if an op that is blocked at one port lets the transform through at another, as an activation."""
-    node = blocker.node
-    if node is None:
-        return False
-    inside = {m.value for m in space.activations}
-    blocked = {b.value for b in space.blockers if b.node is node}
-    return any(v is not None and v in inside and v not in blocked for v in (*node.operands, *node.results))
+def _check_edges(edges: list[_Edge], space: Space) -> None:
+    """Raise `Declined` unless an explicit op may stand on each edge, and nothing else at its node takes part."""
+    if not edges:
+        return
+    nested, inside = space.nested, {m.value for m in space.activations}
+    blocked: dict[Node | None, set[Value]] = {}
+    for blocker in space.blockers:
+        blocked.setdefault(blocker.node, set()).add(blocker.value)
+    for edge in edges:
+        edge.check(space.act)
+        node = edge.blocker.node
+        if edge.blocker.value in nested:
+            raise Declined("an explicit op on nested axes of one tensor is not supported", node)
+        if node is not None and any(
+            v is not None and v in inside and v not in blocked[node] for v in (*node.operands, *node.results)
+        ):
+            raise Declined("another operand or result of the op carries the transform", node)
 
 
 def _check(space: Space, transform: Transform) -> None:

@@ -102,14 +102,13 @@ class Space:
     @property
     def maximal_folds(self) -> list[FoldSite]:
         """The fold sites without those whose axes lie within another site's at the same port."""
+        wide: dict[tuple[Node, Port, int], list[set[int]]] = {}
+        for site in self.folds:
+            wide.setdefault((site.node, site.port, site.variance), []).append(set(site.axes))
         return [
             site
             for site in self.folds
-            if not any(
-                (site.node, site.port, site.variance) == (other.node, other.port, other.variance)
-                and set(site.axes) < set(other.axes)
-                for other in self.folds
-            )
+            if not any(set(site.axes) < axes for axes in wide[site.node, site.port, site.variance])
         ]
 
     @property
@@ -145,16 +144,10 @@ class Space:
         return frozenset((m.value.name, m.axes) for m in self.activations if m.value is not None)
 
 
-def _halves(one: Member, two: Member) -> bool:
-    """True for the two members of one element whose atoms carry T here and its inverse transpose there."""
-    return (
-        one.variance != two.variance
-        and (one.value, one.axes, one.grow, one.view) == (two.value, two.axes, two.grow, two.view)
-        and (not one.private or (one.node, one.port) == (two.node, two.port))
-        and one.atoms is not None
-        and two.atoms is not None
-        and not ((one.atoms >= 0) & (two.atoms >= 0)).any()
-    )
+def _element(member: Member) -> tuple[object, ...]:
+    """What a member is of: equal for the two that one element gives whose atoms carry T here and its inverse there."""
+    reader = (id(member.node), member.port) if member.private else ()
+    return id(member.value), member.axes, member.grow, member.view, reader
 
 
 def _maximal(members: list[Member]) -> list[Member]:
@@ -165,6 +158,7 @@ def _maximal(members: list[Member]) -> list[Member]:
     """
     kept: list[Member] = []
     covered: dict[tuple[int, ...], list[frozenset[int]]] = {}
+    variance: dict[tuple[object, ...], int] = {}
 
     def within(tensor: tuple[int, ...], axes: frozenset[int]) -> bool:
         return any(axes <= other for other in covered.get(tensor, ()))
@@ -176,8 +170,8 @@ def _maximal(members: list[Member]) -> list[Member]:
         if member.apart:
             kept.append(member)
             continue
-        if any(_halves(member, other) for other in kept):
-            kept.append(member)
+        if variance.get(_element(member), member.variance) != member.variance:
+            kept.append(member)  # the other half of one that is kept
             continue
         if within(tensor, axes):
             continue
@@ -186,6 +180,7 @@ def _maximal(members: list[Member]) -> list[Member]:
             if readers and all(within(reader, axes) for reader in readers):
                 continue
         covered.setdefault(tensor, []).append(axes)
+        variance[_element(member)] = member.variance
         kept.append(member)
     return kept
 

@@ -140,8 +140,8 @@ class Context:
         """Tell the statistics that a space was transformed by that rewriter, and the graph which norms it rotated."""
         self.used.setdefault(transform.act, set()).update(space.key())
         if isinstance(transform, Mix) and transform.orthogonal:
-            streams = {m.value for m in space.activations}
-            norms = [n.result.name for n in rewriter.graph.nodes if n.op.name in NORMS and n.operands[0] in streams]
+            streams = [m.value for m in space.activations if m.value is not None]
+            norms = {n.result.name for v in streams for n in v.users if n.op.name in NORMS and n.operands[0] is v}
             if norms:
                 rewriter.graph.meta[ROTATED] = tuple(sorted(rotated_norms(rewriter.graph).union(norms)))
         if self.stats is None:

@@ -40,7 +40,7 @@ from planish.ir.ops.base import (
     Relation,
     Wide,
 )
-from planish.ir.ops.labels import Site, broadcast_dim, flag, like, link_between, tensor_type
+from planish.ir.ops.labels import Site, broadcast_dim, flag, like, link_between, permute_all, tensor_type
 from planish.ir.types import UNKNOWN, Dim, Type
 
 HEADS = frozenset({"h"})
@@ -176,18 +176,7 @@ def _attention_permute(node: Node, sites: dict[Port, Site], asker: Site, axes: A
         return Block("a causal mask fixes the order of the rows")
     if "h" in labels and sites[1].dim("h") not in (sites[0].dim("h"), 1):
         return Block("query heads share key heads")
-    links = []
-    for site in sites.values():
-        if site.port == asker.port:
-            continue
-        link = link_between(asker, axes, site)
-        if isinstance(link, Block):
-            return link
-        if link is not None and link.pairs is not None:
-            return Block("an operand has only some of these axes")
-        if link is not None:
-            links.append(link)
-    return Carry(tuple(links))
+    return permute_all(sites, asker, axes)
 
 
 def _attention_channels(node: Node) -> Sequence[tuple[Port, Axes]]:

@@ -222,3 +222,19 @@ def with_addend(relation: Relation, act: Act, asker: Site, axes: Axes, addend: S
             return relation
         return Block("the bias, which has no such axis, would have to carry it too")
     return replace(relation, links=(*relation.links, link))
+
+
+def permute_all(sites: Mapping[Port, Site], asker: Site, axes: Axes) -> Relation:
+    """Every other port that has the labels changes places as the asker does; it must have all of them, or none."""
+    links = []
+    for site in sites.values():
+        if site.port == asker.port:
+            continue
+        link = link_between(asker, axes, site)
+        if isinstance(link, Block):
+            return link
+        if link is not None and link.pairs is not None:
+            return Block("an operand has only some of these axes")
+        if link is not None:
+            links.append(link)
+    return Carry(tuple(links))

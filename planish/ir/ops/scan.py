@@ -25,7 +25,7 @@ from planish.ir.ops import register
 from planish.ir.ops.affine import UNKNOWN_RANK
 from planish.ir.ops.align import numeric
 from planish.ir.ops.base import Act, Axes, Block, Carry, OpDef, Param, Port, Relation, Wide
-from planish.ir.ops.labels import Site, like, link_between
+from planish.ir.ops.labels import Site, like, link_between, permute_all
 from planish.ir.types import UNKNOWN, Dim, Type
 
 LABELS = {0: "bdt", 1: "bdt", 2: "dn", 3: "bnt", 4: "bnt", 5: "d", -1: "bdt"}
@@ -108,18 +108,7 @@ def _permute(sites: dict[Port, Site], asker: Site, axes: Axes, labels: set[str])
     """Channels, states or sequences change places on every operand that has them."""
     if "t" in labels:
         return Block("its recurrence goes through time in order")
-    links = []
-    for site in sites.values():
-        if site.port == asker.port:
-            continue
-        link = link_between(asker, axes, site)
-        if isinstance(link, Block):
-            return link
-        if link is not None and link.pairs is not None:
-            return Block("an operand has only some of these axes")
-        if link is not None:
-            links.append(link)
-    return Carry(tuple(links))
+    return permute_all(sites, asker, axes)
 
 
 def _scale(sites: dict[Port, Site], asker: Site, axes: Axes, labels: set[str]) -> Relation:
