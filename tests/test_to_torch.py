@@ -13,6 +13,7 @@ from typing import Any
 
 import block_models
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 from helpers import check_text, random_inputs, relative_error
@@ -700,7 +701,6 @@ def grown(inputs: Any) -> Any:
 @pytest.mark.parametrize("name", list(MODELS))
 def test_torch_models_as_onnx(name: str, tmp_path: Path) -> None:
     """ONNX Runtime computes what torch does, for other sizes too where the capture left them open."""
-    ort = pytest.importorskip("onnxruntime")
     make, inputs = MODELS[name]
     module = planted(make)
     dims = {"batch": torch.export.Dim("batch", max=64), "length": torch.export.Dim("length", max=32)}

@@ -18,10 +18,10 @@ from torch.fx import traceback as fx_traceback
 
 from planish.capture.from_fx import ProgramCapture
 from planish.capture.fx_builder import is_symbol
-from planish.capture.fx_export import FAILURES, functional, refusal
+from planish.capture.fx_export import functional, refusal
 from planish.capture.fx_signature import module_path
 from planish.capture.fx_walk import source_of
-from planish.ir.errors import PlanishError
+from planish.ir.errors import FOREIGN, PlanishError
 from planish.ir.graph import Graph
 
 _OF_MODULE = re.compile(r"\b_(modules|parameters|buffers)\[")
@@ -54,7 +54,7 @@ def from_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> Graph:
     try:
         with torch._guards.tracing(None):  # outside of the backend's own tracing context
             program = functional(lifted, arguments, {}, lifted.dynamic())
-    except FAILURES as error:
+    except FOREIGN as error:
         raise refusal("the Dynamo graph cannot be made functional", error) from error
     names = {f"arguments_{i}": name for i, name in enumerate(lifted.input_names)}
     return ProgramCapture(program, None, lifted.symbols(program), {**lifted.paths, **names}).run()

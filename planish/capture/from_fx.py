@@ -40,11 +40,11 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 
 from planish.capture import fx_calls
 from planish.capture.fx_builder import Builder, Size, is_symbol
-from planish.capture.fx_export import FAILURES, exported, quiet, refusal
+from planish.capture.fx_export import exported, quiet, refusal
 from planish.capture.fx_signature import constant_attribute, input_names, output_names, return_types, spec_text
 from planish.capture.fx_walk import Walk
 from planish.ir.constant import Constant
-from planish.ir.errors import PlanishError
+from planish.ir.errors import FOREIGN, PlanishError
 from planish.ir.graph import Graph, Value
 from planish.ir.types import TensorType
 
@@ -82,7 +82,7 @@ def from_program(program: ExportedProgram) -> Graph:
     try:
         with quiet(), torch.no_grad():
             program = program.run_decompositions({})
-    except FAILURES as error:
+    except FOREIGN as error:
         raise refusal("the exported program cannot be made functional", error) from error
     return ProgramCapture(program, None, {}).run()
 

@@ -16,12 +16,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from planish.ir.errors import PlanishError
+from planish.ir.errors import FOREIGN, PlanishError
 
-FAILURES = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError,
-    ArithmeticError, ImportError,
-)  # fmt: skip
 ADVICE = {  # by what torch says
     "which is not a known type": "leave it out of the outputs by the model's own options (use_cache=False, say), or "
     "register its class with torch.utils._pytree.register_pytree_node",
@@ -39,7 +35,7 @@ def exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], d
     """
     try:
         program = functional(module, args, kwargs, dynamic)
-    except FAILURES as error:
+    except FOREIGN as error:
         if not _lazy(module):
             _run(module, args, kwargs)
         raise refusal(f"{type(module).__name__}: torch.export refuses the model", error) from error
@@ -57,7 +53,7 @@ def _run(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
     try:
         with quiet(), torch.no_grad():
             module(*args, **kwargs)
-    except FAILURES as error:
+    except FOREIGN as error:
         raise refusal(f"inputs: {type(module).__name__} does not run on them", error, hint=None) from error
 
 

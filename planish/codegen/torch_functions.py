@@ -213,48 +213,7 @@ def layer_norm(
     return y if bias is None else y + bias
 
 
-# -- attention --------------------------------------------------------------------------------------------
-
-
-def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, causal: bool,
-    safe: bool, softcap: float | None = None, sinks: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """softmax(cap(scale q k^T) + mask) v in the open, where `scaled_dot_product_attention` has no such case.
-
-    Args:
-        softcap: cap(u) = softcap tanh(u / softcap); None: cap(u) = u.
-        sinks: [heads], one more score of each head, which takes weight and gives nothing.
-    """
-    share = q.shape[1] // k.shape[1]
-    if share > 1:
-        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
-    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if causal:
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~keep, -torch.inf)
-    if sinks is None:
-        weights = torch.softmax(scores, -1)
-    else:
-        column = sinks.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
-    if safe:
-        weights = weights.masked_fill(weights.isnan(), 0.0)
-    return weights @ v
-
-
-def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
-    """x cos + rotate(x) sin; rotate takes halves of the last axis, or neighbours where interleaved."""
-    if interleaved:
-        turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-    else:
-        half = x.shape[-1] // 2
-        turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos + turned * sin
+# -- rotations --------------------------------------------------------------------------------------------
 
 
 def hadamard(

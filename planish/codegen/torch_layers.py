@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from planish.codegen import torch_functions as functions
-from planish.codegen import torch_quantised as quantised
 from planish.codegen import torch_windows as windows
 from planish.codegen.torch_emission import UNSIGNED, Emission, attributes_of, emitter, is_floating, shape_of
 from planish.codegen.torch_ops import back
 from planish.codegen.torch_sizes import dim
+from planish.ir.ops.attention import attend, turn
 from planish.ir.ops.base import normal_axis
+from planish.ir.ops.quantization import from_codes, to_codes, to_codes_by_range
 from planish.ir.types import torch_dtype
 
 if TYPE_CHECKING:
@@ -265,7 +266,7 @@ def _attention(emission: Emission, node: Node) -> torch.fx.Node:
         rest = {"softcap": own["softcap"]} if own.get("softcap") is not None else {}
         if node.operand(4) is not None:
             rest["sinks"] = emission.tensor(node.operand(4))
-        return emission.call(functions.attention, q, k, v, mask, scale, causal, bool(own["safe"]), **rest)
+        return emission.call(attend, q, k, v, mask, scale, causal, bool(own["safe"]), **rest)
     options: dict[str, Any] = {} if scale is None else {"scale": scale}
     one = shape_of(node.operand(1))[1] == 1  # a single key head is broadcast by itself
     if shared and not (one and emission.from_torch and node.result.name not in emission.shared_heads):
@@ -276,7 +277,7 @@ def _attention(emission: Emission, node: Node) -> torch.fx.Node:
 @emitter("rope", reads="interleaved")
 def _rope(emission: Emission, node: Node) -> torch.fx.Node:
     x, cos, sin = (emission.tensor(node.operand(index)) for index in range(3))
-    return emission.call(functions.rope, x, cos, sin, bool(attributes_of(node)["interleaved"]))
+    return emission.call(turn, x, cos, sin, bool(attributes_of(node)["interleaved"]))
 
 
 # -- quantised numbers -----------------------------------------------------------------------------------
@@ -286,18 +287,18 @@ def _rope(emission: Emission, node: Node) -> torch.fx.Node:
 def _quantize(emission: Emission, node: Node) -> torch.fx.Node:
     x, scale, zero = (emission.optional(node.operand(index)) for index in range(3))
     own = attributes_of(node)
-    return emission.call(quantised.quantize, x, scale, zero, str(own["dtype"]), own["axis"])
+    return emission.call(to_codes, x, scale, zero, str(own["dtype"]), own["axis"])
 
 
 @emitter("dequantize", reads="axis")
 def _dequantize(emission: Emission, node: Node) -> torch.fx.Node:
     codes, scale, zero = (emission.optional(node.operand(index)) for index in range(3))
-    return emission.call(quantised.dequantize, codes, scale, zero, attributes_of(node)["axis"])
+    return emission.call(from_codes, codes, scale, zero, attributes_of(node)["axis"])
 
 
 @emitter("dynamic_quantize", reads="granularity symmetric floor")
 def _dynamic_quantize(emission: Emission, node: Node) -> list[torch.fx.Node]:
     own, x = attributes_of(node), emission.tensor(node.operand(0))
     floor = own["floor"] if isinstance(own["floor"], float) else None
-    made = emission.call(quantised.dynamic_quantize, x, str(own["granularity"]), bool(own["symmetric"]), floor)
+    made = emission.call(to_codes_by_range, x, str(own["granularity"]), bool(own["symmetric"]), floor)
     return [emission.call(operator.getitem, made, index) for index in range(len(node.results))]

@@ -19,14 +19,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from planish.ir.errors import PlanishError, nearest
+from planish.ir.errors import FOREIGN, PlanishError, nearest
 
 _TARGET = re.compile(r"(?P<module>[^:]+(?::[\\/][^:]*)?):(?P<callable>[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 FORM = "expected a function that returns (model, example inputs)"
-FAILURES = (
-    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError,
-    ArithmeticError, ImportError, NameError, OSError, SyntaxError,
-)  # fmt: skip
+FAILURES = (*FOREIGN, NameError, OSError, SyntaxError)  # of importing a file and calling a function
 
 
 def is_target(text: str) -> bool:

@@ -5,6 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# What code that is not planish's may raise when it is run: a user's module, or torch looking into it.
+FOREIGN = (
+    RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, NotImplementedError,
+    ArithmeticError, ImportError,
+)  # fmt: skip
+
 
 class PlanishError(Exception):
     """An error caused by input: a model, a file, an option.

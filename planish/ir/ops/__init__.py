@@ -51,6 +51,10 @@ def table() -> Mapping[str, OpDef]:
     if not _complete:  # a family imported on its own leaves the table incomplete
         for family in FAMILIES:
             import_module(f"planish.ir.ops.{family}")
+        place = {family: index for index, family in enumerate(FAMILIES)}
+        rows = sorted(_table.values(), key=lambda row: place[row.family])  # one imported before the others comes first
+        _table.clear()
+        _table.update((row.name, row) for row in rows)
         _complete.append(True)
     return _table
 

@@ -73,29 +73,41 @@ def _attention_infer(node: Node) -> Sequence[Type]:
     return (like(node.operand(0), (batch, q[1], q[2], v[3])),)
 
 
-def _attention_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    q, k, v, mask, sinks = (*operands, None, None)[:5]
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float | None, causal: bool,
+    safe: bool, softcap: float | None = None, sinks: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """softmax(cap(scale q k^T) + mask) v for q [B, H, T, d], k [B, Hk, S, d], v [B, Hk, S, e].
+
+    Args:
+        softcap: cap(u) = softcap tanh(u / softcap); None: cap(u) = u.
+        sinks: [heads], one more score of each head, which takes weight and gives nothing.
+    """
     share = q.shape[1] // k.shape[1]
     if share > 1:
-        k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))
-    factor = attribute(node, "scale")
-    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if factor is None else factor)
-    cap = attribute(node, "softcap")
-    if cap is not None:
-        scores = cap * torch.tanh(scores / cap)
+        k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    if flag(node, "causal"):
-        keep = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if causal:
+        keep = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
         scores = scores.masked_fill(~keep, -torch.inf)
     if sinks is None:
         weights = torch.softmax(scores, -1)
     else:
         column = sinks.reshape(-1, 1, 1).expand(*scores.shape[:-1], 1)
         weights = torch.softmax(torch.cat((scores, column), -1), -1)[..., :-1]
-    if flag(node, "safe"):
+    if safe:
         weights = weights.masked_fill(weights.isnan(), 0.0)
-    return (weights @ v,)
+    return weights @ v
+
+
+def _attention_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
+    q, k, v, mask, sinks = (*operands, None, None)[:5]
+    own = {name: attribute(node, name) for name in ("scale", "causal", "safe", "softcap")}
+    return (attend(q, k, v, mask, **own, sinks=sinks),)
 
 
 _LABELS = {0: "bhtd", 1: "bhsd", 2: "bhse", -1: "bhte", 3: "bhts", 4: "h"}
@@ -210,14 +222,19 @@ def _rope_infer(node: Node) -> Sequence[Type]:
     return (UNKNOWN if own is None else own,)
 
 
-def _rope_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    x, cos, sin = operands
-    if flag(node, "interleaved"):
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:
+    """x cos + rotate(x) sin; rotate takes halves of the last axis, or neighbours where interleaved."""
+    if interleaved:
         turned = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
     else:
         half = x.shape[-1] // 2
         turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return (x * cos + turned * sin,)
+    return x * cos + turned * sin
+
+
+def _rope_evaluate(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
+    x, cos, sin = operands
+    return (turn(x, cos, sin, flag(node, "interleaved")),)
 
 
 def _partners(size: int, interleaved: bool) -> np.ndarray:

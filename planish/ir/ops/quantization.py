@@ -45,43 +45,47 @@ def _axis(node: Node) -> int | None:
     return axis
 
 
-def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: str) -> torch.Tensor:
-    from planish.ir.types import bits, torch_dtype
+_HELD = {"u4": torch.uint8, "i4": torch.int8, "u8": torch.uint8, "i8": torch.int8, "u16": torch.uint16}
+_HELD |= {"i16": torch.int16, "i32": torch.int32}
 
+
+def _codes(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: str) -> torch.Tensor:
     low, high = RANGES[dtype]
     codes = torch.round(x / scale)
     if zero is not None:
         codes = codes + zero.to(codes.dtype)
-    held = torch_dtype(dtype) if bits(dtype) >= 8 else (torch.uint8 if low == 0 else torch.int8)
-    return codes.clamp(low, high).to(held)
+    return codes.clamp(low, high).to(_HELD[dtype])
 
 
-def _quantize(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    x, scale, *rest = operands
-    zero = rest[0] if rest else None
-    axis = _axis(node)
+def to_codes(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, dtype: str, axis: int | None
+) -> torch.Tensor:
+    """clamp(round(x / scale) + zero), ties to even; 4-bit codes are held in 8 bits."""
     shaped = None if zero is None else _along(zero, x.ndim, axis)
-    return (_codes(x, _along(scale.to(x.dtype), x.ndim, axis), shaped, str(node.attributes.get("dtype", "u8"))),)
+    return _codes(x, _along(scale.to(x.dtype), x.ndim, axis), shaped, dtype)
 
 
-def _quantize_infer(node: Node) -> Sequence[Type]:
-    x = node.operand(0)
-    shape = x.shape if x is not None else None
-    return (TensorType(str(node.attributes.get("dtype", "u8")), shape),)
+def from_codes(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, axis: int | None) -> torch.Tensor:
+    """(codes - zero) * scale, in the dtype of the scale."""
+    x = codes.to(scale.dtype)
+    if zero is not None:
+        x = x - _along(zero.to(scale.dtype), x.ndim, axis)
+    return x * _along(scale, x.ndim, axis)
 
 
-def _dynamic(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    x = operands[0]
-    if node.attributes.get("granularity", "tensor") == "token":
+def to_codes_by_range(
+    x: torch.Tensor, granularity: str, symmetric: bool, floor: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """uint8 codes, scale and zero point from the range of x: of the tensor, or of each row ("token")."""
+    if granularity == "token":
         low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     else:
         low, high = x.amin(), x.amax()
-    floor = node.attributes.get("floor")
-    if isinstance(floor, float):
+    if floor is not None:
         # the zero point is rounded down and the scale follows it, so that zero * scale is the floor exactly
         zero = torch.floor(255.0 * floor / (high.clamp(min=0.0) + floor)).clamp(min=1.0)
         return _codes(x, floor / zero, zero, "u8"), floor / zero, zero.to(torch.uint8)
-    if node.attributes.get("symmetric", False):
+    if symmetric:
         scale = torch.maximum(-low, high) / 127.0
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         zero = torch.full_like(scale, 128.0)
@@ -91,6 +95,23 @@ def _dynamic(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         zero = torch.round(-low / scale).clamp(0, 255)
     return _codes(x, scale, zero, "u8"), scale, zero.to(torch.uint8)
+
+
+def _quantize(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
+    x, scale, zero = (*operands, None)[:3]
+    return (to_codes(x, scale, zero, str(node.attributes.get("dtype", "u8")), _axis(node)),)
+
+
+def _quantize_infer(node: Node) -> Sequence[Type]:
+    x = node.operand(0)
+    shape = x.shape if x is not None else None
+    return (TensorType(str(node.attributes.get("dtype", "u8")), shape),)
+
+
+def _dynamic(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
+    own, floor = node.attributes, node.attributes.get("floor")
+    granularity, symmetric = str(own.get("granularity", "tensor")), bool(own.get("symmetric", False))
+    return to_codes_by_range(operands[0], granularity, symmetric, floor if isinstance(floor, float) else None)
 
 
 def _dynamic_infer(node: Node) -> Sequence[Type]:
@@ -104,12 +125,8 @@ def _dynamic_infer(node: Node) -> Sequence[Type]:
 
 
 def _dequantize(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
-    codes, scale, *rest = operands
-    axis = _axis(node)
-    x = codes.to(scale.dtype)
-    if rest and rest[0] is not None:
-        x = x - _along(rest[0].to(scale.dtype), x.ndim, axis)
-    return (x * _along(scale, x.ndim, axis),)
+    codes, scale, zero = (*operands, None)[:3]
+    return (from_codes(codes, scale, zero, _axis(node)),)
 
 
 def _dequantize_infer(node: Node) -> Sequence[Type]:
