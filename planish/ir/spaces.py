@@ -27,8 +27,9 @@ import numpy as np
 
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.ops.base import MIXING, Act, Axes, Port
-from planish.ir.space_refine import AtomSigns, Chooser, Part, Refiner, block_nested, grouped, signs
+from planish.ir.space_refine import Chooser, Part, Refiner, grouped
 from planish.ir.space_search import Member, Questions, Search
+from planish.ir.space_signs import AtomSigns, block_nested, signs
 
 __all__ = ["Blocker", "ChannelSpaces", "FoldSite", "Member", "Space", "analyse"]
 

@@ -16,7 +16,6 @@ Only a graph whose masks are finite may drop it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.shapes import static_ints
 from planish.ir.types import WIDE_FLOATS, is_float, numpy_dtype
 from planish.passes.base import Context, Exactness, RewritePass
-from planish.passes.broadcasts import drop_expansions
+from planish.passes.identities import drop_expansions, merged, neutral, unchanged
 from planish.passes.match import attribute, erase_dead, is_op, is_output, nan_guarded, scalar
 from planish.passes.options import Range, option
 
@@ -41,15 +40,6 @@ if TYPE_CHECKING:
 MEGABYTE = 1 << 20
 # ops whose value jumps: a rounding of an operand may show at full size
 JUMPING = frozenset({"floor", "ceil", "round", "sign", "mod", "is_nan"})
-NEUTRAL: Mapping[str, tuple[float, bool]] = {  # op: (neutral element, whether on either side)
-    "mul": (1.0, True),
-    "add": (0.0, True),
-    "div": (1.0, False),
-    "sub": (0.0, False),
-    "pow": (1.0, False),
-    "logical_and": (1.0, True),
-    "logical_or": (0.0, True),
-}
 
 
 @dataclass(frozen=True)
@@ -75,7 +65,7 @@ class FoldConstants(RewritePass):
             return True
         if drop_expansions(node, rewriter):
             return True
-        for simplify in (self._unguarded, _neutral, _unchanged, _merged):
+        for simplify in (self._unguarded, neutral, unchanged, merged):
             value = simplify(node, rewriter)
             if value is not None:
                 _replace(rewriter, node, value)
@@ -182,75 +172,6 @@ def _static(node: Node) -> list[Constant] | None:
         return None
     shape = () if node.result.rank == 0 else (len(elements),)
     return [Constant(np.array(elements, numpy_dtype(node.result.dtype)).reshape(shape), node.result.dtype, shape)]
-
-
-def _same_shape(one: Value, two: Value) -> bool:
-    return one.shape is not None and None not in one.shape and one.shape == two.shape and one.dtype == two.dtype
-
-
-def _neutral(node: Node, rewriter: Rewriter) -> Value | None:
-    """x of x * 1, x + 0, .."""
-    if node.op.name not in NEUTRAL or len(node.operands) != 2:
-        return None
-    element, either = NEUTRAL[node.op.name]
-    one, two = node.operands
-    for x, constant in ((one, two), (two, one))[: 2 if either else 1]:
-        if x is None or constant is None or constant.constant is None or not constant.is_constant:
-            continue
-        if x.is_constant or x.dtype != node.result.dtype or constant.constant.size > 1 << 16:
-            continue
-        single = scalar(constant) is not None and x.rank is not None and (constant.rank or 0) <= x.rank
-        if not single and not _same_shape(x, node.result):
-            continue
-        if constant.constant.size and (constant.constant.wide() == element).all():
-            return x
-    return None
-
-
-def _unchanged(node: Node, rewriter: Rewriter) -> Value | None:
-    """x of a node that gives x itself."""
-    x = node.operand(0)
-    if x is None or x.is_constant:
-        return None
-    match node.op.name:
-        case "identity":
-            return x
-        case "cast":
-            return x if x.dtype is not None and x.dtype == node.result.dtype else None
-        case "concat":
-            return x if len(node.operands) == 1 else None
-        case "reshape" | "expand" | "flatten" | "tile":
-            return x if _same_shape(x, node.result) else None
-        case "transpose":
-            perm = tuple(attribute(node, "perm"))
-            return x if perm == tuple(range(len(perm))) else None
-        case "squeeze" | "unsqueeze":
-            return x if not attribute(node, "axes") and x.rank == node.result.rank else None
-    return None
-
-
-def _merged(node: Node, rewriter: Rewriter) -> Value | None:
-    """One node for a transpose of a transpose, or a reshape of a reshape."""
-    inner = node.operand(0)
-    if inner is None or not is_op(inner, node.op.name) or inner.producer is None:
-        return None
-    x = inner.producer.operand(0)
-    if x is None:
-        return None
-    operands: list[Value | None] = [x]
-    if node.op.name == "transpose":
-        first, second = tuple(attribute(inner.producer, "perm")), tuple(attribute(node, "perm"))
-        attributes: dict[str, Any] = {"perm": tuple(first[a] for a in second)}
-    elif node.op.name == "reshape":
-        shape = node.operand(1)
-        target = static_ints(shape)
-        if target is None or (0 in target and not attribute(node, "allowzero")):
-            return None
-        operands, attributes = [x, shape], dict(node.attributes)
-    else:
-        return None
-    types = [r.type for r in node.results]
-    return rewriter.insert(node.op, operands, attributes, before=node, types=types, source=node.source).result
 
 
 def _replace(rewriter: Rewriter, node: Node, value: Value) -> None:
