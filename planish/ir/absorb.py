@@ -102,14 +102,8 @@ def _check(space: Space, transform: Transform) -> None:
 
 
 def transformed(member: Member, transform: Transform) -> np.ndarray:
-    """The data of a constant member after the transform, float64.
-
-    A private constant is read from its node: another space of the same analysis may have remade it.
-    """
-    value = member.value
-    if member.private:
-        assert member.node is not None
-        value = member.node.operand(member.port)
+    """The data of a constant member after the transform, float64 (under a permutation in the dtype it is held in)."""
+    value = member.current
     if value is None:
         assert member.grow is not None and member.neutral is not None
         return _applied(member, np.full(member.grow, member.neutral), transform)
@@ -123,11 +117,7 @@ def transformed(member: Member, transform: Transform) -> np.ndarray:
 def _applied(member: Member, data: np.ndarray, transform: Transform) -> np.ndarray:
     """The transform on an array of the member's shape, or on one that was grown from it to the left."""
     shape = data.shape
-    if member.view is not None:
-        data = data.reshape(member.view)
-    given = member.grow or member.view or (member.value.shape if member.value is not None else None)
-    assert given is not None
-    axes = tuple(a + data.ndim - len(given) for a in member.axes)
+    data, axes = member.seen(data)
     if isinstance(transform, Permute):
         return apply(data, axes, transform, member.atoms, member.variance).reshape(shape)
     data = apply(data + member.offset, axes, transform, member.atoms, member.variance) - member.offset

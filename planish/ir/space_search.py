@@ -58,6 +58,19 @@ class Member:
         """The constant is made anew for its node; other readers keep the old one."""
         return self.value is None or self.grow is not None
 
+    @property
+    def current(self) -> Value | None:
+        """The constant as it stands: a private one is read from its node, where another space may have remade it."""
+        return self.node.operand(self.port) if self.private and self.node is not None else self.value
+
+    def seen(self, data: np.ndarray) -> tuple[np.ndarray, Axes]:
+        """Data of the constant in the shape that `axes` are of (grown to the left where it was), and the axes there."""
+        shape = self.grow or self.view or (self.value.shape if self.value is not None else None)
+        assert shape is not None
+        if self.view is not None:
+            data = data.reshape(self.view)
+        return data, tuple(a + data.ndim - len(shape) for a in self.axes)
+
 
 class Questions:
     """Asks rows, and remembers the answers by the signature of the node."""

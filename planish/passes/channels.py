@@ -25,18 +25,13 @@ def member_data(member: Member) -> np.ndarray:
     Raises:
         ValueError: the constant has yet to be made (an absent bias).
     """
-    value = member.value
-    if member.private and member.node is not None:
-        value = member.node.operand(member.port)
+    value = member.current
     if value is None or value.constant is None:
         raise ValueError("a constant that is not there has no data")
     data = value.constant.wide()
     if member.grow is not None:
         data = np.broadcast_to(data, np.broadcast_shapes(data.shape, member.grow))
-    shape = member.grow or member.view or value.constant.shape
-    if member.view is not None:
-        data = data.reshape(member.view)
-    axes = tuple(a + data.ndim - len(shape) for a in member.axes)
+    data, axes = member.seen(data)
     moved = np.moveaxis(data, axes, tuple(range(data.ndim - len(axes), data.ndim)))
     count = int(np.prod([data.shape[a] for a in axes], dtype=np.int64))
     return moved.reshape(-1, count) + member.offset

@@ -33,10 +33,7 @@ def require_finite_space(space: Space) -> None:
     Raises:
         Declined: one holds NaN or infinity; the reason names it.
     """
-    values: dict[Value | None, None] = {}
-    for member in space.constants:
-        private = member.private and member.node is not None
-        values[member.node.operand(member.port) if private and member.node is not None else member.value] = None
+    values = dict.fromkeys(member.current for member in space.constants)
     for site in space.folds:
         values.update(dict.fromkeys(v for v in site.node.operands if v is not None and v.is_constant))
     for value in values:
