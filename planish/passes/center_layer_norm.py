@@ -16,7 +16,7 @@ Afterwards a rotation passes the norm. SliceGPT, arXiv:2401.15024, section 3.3; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -29,9 +29,10 @@ from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import ChannelSpaces, Space, analyse
 from planish.ir.transform import Mix
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.channels import title
 from planish.passes.finite import require_finite_space
 from planish.passes.match import attribute
-from planish.passes.ties import Tie, tied, untie
+from planish.passes.ties import Tie, tied, untie_where_it_helps
 
 
 def centring(size: int) -> Mix:
@@ -76,7 +77,7 @@ class CenterLayerNorm(Pass):
                         absorb(rewriter, replace(space, act=Act.LINEAR, blockers=[]), transform)
                         context.transformed(rewriter, space, transform)
                         centred.add(id(space))
-                        report.notes.append(f"%{_name(space)}: {len(space.constants)} constants centred")
+                        report.notes.append(f"%{title(space)}: {len(space.constants)} constants centred")
                 except Declined as refusal:
                     report.decline(refusal.reason, refusal.node if refusal.node is not None else norm)
                     continue
@@ -94,24 +95,12 @@ def _untie(graph: Graph, norms: list[Node]) -> list[str]:
             ties = tied(_space_of(norm, spaces))
             if ties:
                 wanted[norm.result.name] = ties
-    if not wanted:
-        return []
-    trial = graph.clone()
-    untie(trial, dict.fromkeys(tie for ties in wanted.values() for tie in ties))
-    spaces = analyse(trial)
-    helped: dict[Tie, None] = {}
-    for name, ties in wanted.items():
-        norm_there = trial.values[name].producer
-        assert norm_there is not None
-        with suppress(Declined):
-            _check(_space_of(norm_there, spaces))
-            helped.update(dict.fromkeys(ties))
-    return untie(graph, helped)
 
+    def attempts(trial: Graph) -> Callable[[Node], None]:
+        untied = analyse(trial)
+        return lambda norm: _check(_space_of(norm, untied))
 
-def _name(space: Space) -> str:
-    value = space.activations[0].value
-    return value.name if value is not None else ""
+    return untie_where_it_helps(graph, wanted, attempts)
 
 
 def _space_of(norm: Node, spaces: ChannelSpaces) -> Space:

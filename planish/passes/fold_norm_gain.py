@@ -14,7 +14,7 @@ QuaRot, arXiv:2404.00456, section 4; SliceGPT, arXiv:2401.15024.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ from planish.passes.finite import require_finite_space
 from planish.passes.match import attribute
 from planish.passes.options import Range, option
 from planish.passes.residual_sinks import Sink, residual_sinks, warning
-from planish.passes.ties import Tie, tied, untie
+from planish.passes.ties import Tie, tied, untie_where_it_helps
 
 NORMS = ("layer_norm", "rms_norm")
 
@@ -107,19 +107,12 @@ def _untie(graph: Graph, act: Act, port: int) -> list[str]:
         ties = [tie for part in parts if part.space.blockers for tie in tied(part.space)]
         if ties and _pending(norm, port):
             pairs[norm.result.name] = list(dict.fromkeys(ties))
-    if not pairs:
-        return []
-    trial = graph.clone()
-    untie(trial, dict.fromkeys(tie for ties in pairs.values() for tie in ties))
-    found = _by_norm(analyse(trial).of(act), port)
-    helped: dict[Tie, None] = {}
-    for name, ties in pairs.items():
-        there = trial.values[name].producer
-        assert there is not None
-        with suppress(Declined):
-            _transforms(there, port, found.get(there, []))
-            helped.update(dict.fromkeys(ties))
-    return untie(graph, helped)
+
+    def attempts(trial: Graph) -> Callable[[Node], object]:
+        found = _by_norm(analyse(trial).of(act), port)
+        return lambda norm: _transforms(norm, port, found.get(norm, []))
+
+    return untie_where_it_helps(graph, pairs, attempts)
 
 
 def _sinks(norm: Node, context: Context, factor: float) -> list[Sink]:

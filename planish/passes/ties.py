@@ -5,12 +5,13 @@ One constant carries one transform. Where a transform must stop between the two,
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from planish.ir.graph import Graph, Node
 from planish.ir.ops.base import Act, Axes, Carry, Port
-from planish.ir.rewriter import Rewriter
+from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Space
 
 
@@ -74,3 +75,31 @@ def untie(graph: Graph, ties: Iterable[Tie]) -> list[str]:
         readers = ", ".join(f"%{n}" for n in tie.readers)
         lines.append(f"%{tie.name} untied for {readers}: a copy of {value.constant.nbytes} bytes")
     return lines
+
+
+def untie_where_it_helps(
+    graph: Graph, wanted: Mapping[str, Sequence[Tie]], attempts: Callable[[Graph], Callable[[Node], object]]
+) -> list[str]:
+    """Untie what keeps nodes from being rewritten, if untying it helps: tried on a copy of the graph.
+
+    Args:
+        wanted: the name of a node's result -> the ties that are in its way.
+        attempts: of the copy, with everything untied, a function that raises `Declined` for a node that still cannot be
+            rewritten.
+
+    Returns:
+        a note on each constant untied.
+    """
+    if not wanted:
+        return []
+    trial = graph.clone()
+    untie(trial, dict.fromkeys(tie for ties in wanted.values() for tie in ties))
+    attempt = attempts(trial)
+    helped: dict[Tie, None] = {}
+    for name, ties in wanted.items():
+        node = trial.values[name].producer
+        assert node is not None
+        with suppress(Declined):
+            attempt(node)
+            helped.update(dict.fromkeys(ties))
+    return untie(graph, helped)
