@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from planish.ir.transform import Mix, Transform
 
 ROTATED = "rotated-norms"  # graph.meta: the results of the norms whose operand was rotated
 NORMS = frozenset({"rms_norm", "layer_norm"})
+KEPT = "kept-float"  # graph.meta: the results of linears that stay in float when the rest is quantised
 FOLDED = "its gain was folded for a rotation: a scale would return into it"
 
 
@@ -31,6 +32,18 @@ def rotated_norms(graph: Graph) -> set[str]:
     names = graph.meta.get(ROTATED, ())
     assert isinstance(names, tuple)
     return {name for name in names if isinstance(name, str) and name in graph.values}
+
+
+def kept_float(graph: Graph) -> set[str]:
+    """The names of the results of linears that stay in float: low-rank branches, outlier columns."""
+    names = graph.meta.get(KEPT, ())
+    assert isinstance(names, tuple)
+    return {name for name in names if isinstance(name, str) and name in graph.values}
+
+
+def keep_float(graph: Graph, result: Value) -> None:
+    """Say that the linear which makes `result` stays in float."""
+    graph.meta[KEPT] = tuple(sorted({*kept_float(graph), result.name}))
 
 
 def _gain_of(member: Member, names: set[str]) -> list[Node]:
@@ -108,12 +121,16 @@ class Context:
         seed: for every random choice.
         progress: `progress(iterable, label, total)` wraps a long loop in a progress bar.
         used: for each act the axes of values that were transformed, by the value's name.
+        data: the calibration batches, for passes that evaluate the graph; None: there are none.
+        row_mask: the input that is non-zero where a row of `data` counts; None: every row does.
     """
 
     stats: Stats | None = None
     seed: int = 0
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, label: items
     used: dict[Act, set[tuple[str, Axes]]] = field(default_factory=dict)
+    data: Sequence[Mapping[str, Any]] | None = None
+    row_mask: str | None = None
 
     def guarded(self, graph: Graph, space: Space) -> Space:
         """The space as a diagonal transform may use it: without the gains of norms that read a rotated stream.
@@ -177,6 +194,11 @@ class Pass:
     @property
     def needs_stats(self) -> bool:
         """True if it cannot run without statistics; a pass for which its options decide overrides the property."""
+        return False
+
+    @property
+    def reads_data(self) -> bool:
+        """True if it evaluates the graph on calibration batches where there are some (`Context.data`)."""
         return False
 
     def __post_init__(self) -> None:

@@ -137,6 +137,8 @@ class Pipeline:
         *,
         stats: Stats | None = None,
         samples: Sequence[Mapping[str, torch.Tensor]] = (),
+        data: Sequence[Mapping[str, Any]] | None = None,
+        row_mask: str | None = None,
         validate: bool = True,
         seed: int = 0,
         instruments: Iterable[Instrument] = (),
@@ -148,6 +150,8 @@ class Pipeline:
             graph: not changed.
             stats: calibration statistics of `graph`; not changed.
             samples: real inputs on which exact passes are validated besides random ones.
+            data: calibration batches, for passes that evaluate the graph on them; read several times.
+            row_mask: the input that is non-zero where a row of `data` counts.
             validate: compare before and after every exact pass in float64.
             seed: of every random choice.
             instruments: called around every pass.
@@ -172,7 +176,7 @@ class Pipeline:
                 )
         instruments = list(instruments)
         report = Report(seed=seed)
-        context = Context(stats.copy() if stats is not None else None, seed, progress, report.used)
+        context = Context(stats.copy() if stats is not None else None, seed, progress, report.used, data, row_mask)
         probe = Probe()
         if validate and any(p.exactness in (Exactness.EXACT, Exactness.IDENTITY) for p in self.passes):
             probe = make_probe(graph, seed, samples)
