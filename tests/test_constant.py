@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from planish.ir.constant import Constant, FileRange, pack_bits, unpack_bits
-from planish.ir.errors import InvalidModelError
+from planish.ir.errors import InvalidModelError, PlanishError
+from planish.ir.literals import decode_elements
+from planish.ir.onnx_attributes import tensor_of
 from planish.ir.types import (
     DTYPES,
+    HOLDERS,
     TensorType,
     bits,
     from_numpy_dtype,
@@ -92,9 +96,14 @@ def test_mapped_data(dtype: str, tmp_path: Path, seed: int) -> None:
     np.testing.assert_array_equal(constant.array(), array)
     assert not constant.array().flags.writeable
     assert not constant.loaded  # it is not kept
-    assert constant == Constant.of(array)
-    assert from_onnx_enum(onnx_enum(dtype)) == dtype
-    assert from_numpy_dtype(numpy_dtype(dtype)) == dtype
+    assert constant == Constant.of(array, dtype)
+    if dtype in HOLDERS:
+        assert bits(HOLDERS[dtype]) > bits(dtype)
+        with pytest.raises(PlanishError, match=rf"dtype {dtype}: ONNX has no number for it\n.*{HOLDERS[dtype]} holds"):
+            onnx_enum(dtype)
+    else:
+        assert from_onnx_enum(onnx_enum(dtype)) == dtype
+        assert from_numpy_dtype(numpy_dtype(dtype)) == dtype
     if is_float(dtype):
         np.testing.assert_array_equal(constant.tensor(torch.float64).numpy(), array.astype(np.float64))
 
@@ -111,11 +120,37 @@ def test_damaged_files(tmp_path: Path) -> None:
     assert Constant(None, "f32", (0, 2), file=FileRange(path, 0, 0)).array().shape == (0, 2)
 
 
-@given(st.sampled_from(["i2", "u2", "i4", "u4", "f4e2m1"]), st.binary(max_size=20), st.integers(0, 3))
-def test_packed_elements(dtype: str, packed: bytes, short: int) -> None:
-    per = 8 // bits(dtype)
-    size = max(len(packed) * per - short % per, 0)
+@given(st.sampled_from(["i2", "u2", "i3", "u3", "i4", "u4", "f4e2m1", "f6e2m3", "f6e3m2"]), st.binary(max_size=21))
+def test_packed_elements(dtype: str, packed: bytes) -> None:
+    """One bitstream, low bits first: its bytes as one little-endian number hold element i at bit i * width."""
+    width = bits(dtype)
+    size = len(packed) * 8 // width
     codes = unpack_bits(np.frombuffer(packed, np.uint8), dtype, size)
     assert codes.shape == (size,)
-    again = unpack_bits(pack_bits(codes, dtype), dtype, size)
-    assert again.tobytes() == codes.tobytes()
+    number = int.from_bytes(packed, "little")
+    expected = [number >> i * width & (2**width - 1) for i in range(size)]
+    assert (codes.view(np.uint8) & np.uint8(2**width - 1)).tolist() == expected
+    if dtype[0] == "i":
+        assert all(-(2 ** (width - 1)) <= int(c) < 2 ** (width - 1) for c in codes)
+    again = pack_bits(codes, dtype)
+    assert len(again) == (size * width + 7) // 8
+    assert int.from_bytes(again.tobytes(), "little") == number & (1 << size * width) - 1
+
+
+def test_three_bits_are_the_words_of_gptq() -> None:
+    codes = np.array([(5 * i + 3) % 8 for i in range(32)], np.uint8)
+    assert pack_bits(codes, "u3").view("<u4").tolist() == [0x43C67543, 0x7543C675, 0xC67543C6]
+
+
+@pytest.mark.parametrize("dtype", ["f6e2m3", "f6e3m2", "f4e2m1", "u2", "i4"])
+def test_the_bytes_are_those_of_onnx(dtype: str) -> None:
+    array = np.arange(13, dtype=np.uint8).view(numpy_dtype(dtype)) if is_float(dtype) else None
+    held = np.array([1, 0, 2, 3, 1], numpy_dtype(dtype)) if array is None else array
+    assert tensor_of(Constant.of(held)).raw_data == onnx.numpy_helper.from_array(held).raw_data
+
+
+def test_codes_are_read_within_their_range() -> None:
+    assert decode_elements(["-4", "3"], "i3", wide=False).tolist() == [-4, 3]
+    for word, dtype in (("4", "i3"), ("-5", "i3"), ("8", "u3"), ("4", "u2")):
+        with pytest.raises(ValueError, match=f"integer out of the range of {dtype}"):
+            decode_elements([word], dtype, wide=False)

@@ -12,16 +12,18 @@ from collections.abc import Callable
 import numpy as np
 
 from planish.capture.onnx_proto import constant_of
+from planish.capture.onnx_quantised import CONVERTERS
 from planish.capture.onnx_view import Fresh, Made, Operand, View
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute
+from planish.ir.ops.base import HELD_AS
 from planish.ir.types import OtherType, TensorType, from_onnx_enum, numpy_dtype
 
-# Element types that torch cannot hold: the canonical ops, which torch evaluates, do not take them.
-UNSUPPORTED = frozenset({"str", "u4", "i4", "f4e2m1", "f8e8m0", "u2", "i2"})
+# Element types that torch cannot hold: the canonical ops, which torch evaluates, do not take them, but for codes.
+UNSUPPORTED = frozenset({"str", *HELD_AS})
 
 Converter = Callable[[View], Made | None]
-_table: dict[str, Converter] = {}
+_table: dict[str, Converter] = dict(CONVERTERS)
 
 
 def convert(view: View) -> Made | None:
@@ -33,7 +35,7 @@ def convert(view: View) -> Made | None:
         type_ = view.scope.type(name) if name else None
         if isinstance(type_, OtherType) and type_.text:
             return None
-        if isinstance(type_, TensorType) and type_.dtype in UNSUPPORTED:
+        if isinstance(type_, TensorType) and type_.dtype in UNSUPPORTED and view.proto.op_type not in CONVERTERS:
             return None
     made = converter(view)
     if made is None or view.unread or (made.results is not None and not view.only_first):

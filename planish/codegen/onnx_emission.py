@@ -31,6 +31,7 @@ DEFAULT_IR_VERSION = 10
 OLDEST_OPSET = 7  # before it, operands broadcast only where an attribute says so
 AXIS_OPSET = 13  # of QuantizeLinear and DequantizeLinear with a scale per channel
 CONTRIB = "com.microsoft"  # ONNX Runtime's own operators
+TORCH_CAN = "the torch target can: planish.to_torch(graph)"
 
 Emitter = Callable[[Node, "Emission"], None]
 _emitters: dict[str, Emitter] = {}
@@ -99,8 +100,8 @@ class Emission:
         self.imports[""] = self.opset
         version = graph.meta.get(META_IR_VERSION)
         self.ir_version = version if isinstance(version, int) else DEFAULT_IR_VERSION
-        if opset is not None and isinstance(version, int):
-            self.ir_version = max(version, _least_ir_version(opset))
+        if opset is not None:
+            self.ir_version = max(self.ir_version, _least_ir_version(opset))
         self.weights: dict[str, Constant] = {}
         self.nodes: list[NodeProto] = []
         self.names: dict[Value, str] = {}
@@ -226,7 +227,7 @@ class Emission:
 
     def fail(self, node: Node, why: str) -> PlanishError:
         """The error that a node cannot be written."""
-        return PlanishError(f"op '{node.op.name}': {why} in ONNX opset {self.opset}", where=str(node))
+        return PlanishError(f"op '{node.op.name}': {why} in ONNX opset {self.opset}", where=str(node), hint=TORCH_CAN)
 
     def check_versions(self) -> None:
         """Check that every node that planish does not know means the same at this opset.
@@ -256,10 +257,11 @@ class Emission:
             elif node.op.name in _emitters:
                 _emitters[node.op.name](node, self)
             else:
-                raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node))
+                raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node), hint=TORCH_CAN)
             self._document(self.nodes[first:] if self._stubs else [])
         self._public_outputs()
         self._drop_unread()
+        self._widen()
         model = ModelProto()
         model.CopyFrom(self.rest)
         model.ir_version = self.ir_version
@@ -345,13 +347,24 @@ class Emission:
             if value.users and name not in read:
                 self.weights.pop(name, None)
 
+    def _widen(self) -> None:
+        """Write codes that other ops than those of quantisation read (a table, for example) as these compute them."""
+        from planish.codegen.onnx_codes import widened
+
+        public = set(self.graph.output_values())
+        for value in self.graph.constants:
+            name, users = self.names[value], value.users
+            if name in self.weights and value not in public and not any(u.op.opaque for u in users):
+                if any("quantize" not in u.op.name for u in users):
+                    self.weights[name] = widened(self, self.weights[name])
+
     def _opaque(self, node: Node) -> None:
         dialect_name, _, op_type = node.op.name.rpartition("::")
         if node.op.name in _emitters:  # of torch
             _emitters[node.op.name](node, self)
             return
         if dialect_name == "torch":
-            raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node))
+            raise PlanishError(f"op '{node.op.name}': has no ONNX form", where=str(node), hint=TORCH_CAN)
         domain = domain_of(dialect_name)
         if self.target == "onnx" and domain == CONTRIB and domain not in self.imported:
             raise PlanishError(
@@ -455,14 +468,25 @@ class Emission:
                 graph.value_info.append(_value_info(info.name, value_, info))
 
 
+# the opsets from which on codes have a dtype of their own; those of fewer bits are looked up where it is missing
+_CODE_OPSETS = dict.fromkeys(("u3", "i3", "u4", "i4", "u16", "i16"), 21)
+_CODE_OPSETS |= dict.fromkeys(("f6e2m3", "f6e3m2", "f8e4m3fn", "f8e5m2", "f8e4m3fnuz", "f8e5m2fnuz"), 19)
+
+
 def least_opset(graph: Graph) -> int:
     """The first opset that can say what the quantised nodes of a graph do; 1 if there are none."""
     least = 1
     for node in graph.nodes:
-        if node.op.name in ("quantize", "dequantize"):
+        if node.op.name in ("quantize", "dequantize", "dequantize_split"):
             least = max(least, 10 if node.attributes.get("axis") is None else AXIS_OPSET)
         elif node.op.name == "dynamic_quantize":
             least = max(least, 11)
+        elif node.op.name != "cast":
+            continue
+        if node.attributes.get("block") is not None:
+            least = max(least, 21)
+        for value in (*node.operands, *node.results):
+            least = max(least, _CODE_OPSETS.get((value.dtype if value is not None else None) or "", 1))
     return least
 
 

@@ -3,6 +3,7 @@
 gather_nd        the indexed axes first (Transpose), the indices on a new last axis, GatherND
 index_add        the axis first, ScatterND with reduction add
 grouped_matmul   for each expert a Slice of its rows and a MatMul, joined by Concat
+reassemble       segments by falling size: a Gather and a Mul for each place in a segment, joined by Concat
 resize           Resize with torch's ways of placing pixels
 """
 
@@ -63,6 +64,12 @@ def _topk(node: Node, e: Emission) -> None:
         e.add("Cast", [found], values, to=onnx_enum("bf16"))
 
 
+@emitter("nonzero")
+def _nonzero(node: Node, e: Emission) -> None:
+    places = e.add("NonZero", [e.name(_operand(node, 0))])  # [1, n]
+    e.add("Reshape", [places, e.ints((-1,), "shape")], e.outputs(node))
+
+
 @emitter("gather_nd")
 def _gather_nd(node: Node, e: Emission) -> None:
     x, indices = _operand(node, 0), [_operand(node, i) for i in range(1, len(node.operands))]
@@ -107,6 +114,43 @@ def _index_add(node: Node, e: Emission) -> None:
     summed = e.add("ScatterND", [data, where, updates], None if axis else e.outputs(node), reduction="add")
     if axis:
         e.add("Transpose", [summed], e.outputs(node), perm=tuple(swap))
+
+
+@emitter("reassemble")
+def _reassemble(node: Node, e: Emission) -> None:
+    x, *given = (_operand(node, i) for i in range(4))
+    if any(v.constant is None for v in given) or x.rank is None:
+        raise e.fail(node, "an index, sizes or weights that are computed are not possible")
+    index, sizes, weights = (v.constant.wide() for v in given if v.constant is not None)
+    axis = _axis(node) % x.rank
+    order = np.argsort(-sizes, kind="stable")
+    starts, counts = (np.cumsum(sizes) - sizes).astype(np.int64)[order], sizes.astype(np.int64)[order]
+    back = np.argsort(order, kind="stable")
+    sorted_already = bool((back == np.arange(len(back))).all())
+
+    def taken(places: np.ndarray) -> str:
+        """x at index[places], times weights[places]."""
+        entries = Constant(index[places].astype(np.int64), "i64", places.shape)
+        y = e.add("Gather", [e.name(x), e.weight(entries, "index")], axis=axis)
+        factors = weights[places]
+        if (factors == 1).all():
+            return y
+        shape = (len(places), *(1,) * (x.rank - 1 - axis))  # type: ignore[operator]
+        return e.add("Mul", [y, e.weight(Constant(factors.reshape(shape), x.dtype or "f32", shape), "weights")])
+
+    total, held = "", 0
+    for depth in range(int(counts[0]) - 1, -1, -1):  # the last entry of the largest segments first
+        long = int((counts > depth).sum())
+        places = starts[:long] + depth
+        parts = [e.add("Add", [taken(places[:held]), total])] if held else []
+        if long > held:
+            parts.append(taken(places[held:]))
+        total, held = parts[0] if len(parts) == 1 else e.add("Concat", parts, axis=axis), long
+    if sorted_already:
+        e.add("Identity", [total], e.outputs(node))
+        return
+    entries = Constant(back.astype(np.int64), "i64", back.shape)
+    e.add("Gather", [total, e.weight(entries, "index")], e.outputs(node), axis=axis)
 
 
 @emitter("grouped_matmul")

@@ -21,8 +21,9 @@ import torch
 import torch.utils._pytree as pytree
 
 from planish.codegen import torch_functions
-from planish.codegen.torch_emission import HELD_AS, Emission
+from planish.codegen.torch_emission import Emission
 from planish.ir.errors import PlanishError
+from planish.ir.ops.base import HELD_AS
 from planish.ir.types import is_float, torch_dtype
 
 if TYPE_CHECKING:

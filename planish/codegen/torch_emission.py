@@ -25,6 +25,7 @@ from planish.capture import fx_calls
 from planish.codegen import torch_functions
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
+from planish.ir.ops.base import HELD_AS
 from planish.ir.types import WIDE_FLOATS, TensorType, is_float, torch_dtype
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 Emitter = Callable[["Emission", "Node"], "torch.fx.Node | Sequence[torch.fx.Node]"]
 Number = bool | int | float
 UNSIGNED = frozenset({"u16", "u32", "u64"})  # torch stores them and computes little with them
-HELD_AS = {"u2": "u8", "u4": "u8", "i2": "i8", "i4": "i8", "f4e2m1": "f32", "f8e8m0": "f32"}
 
 EMITTERS: dict[str, Emitter] = {}
 READS: dict[str, frozenset[str]] = {}  # the attributes that each emitter knows of

@@ -15,6 +15,7 @@ import torch.fx
 import torch.nn.functional as F
 
 from planish.ir.errors import PlanishError
+from planish.ir.rounding import round_element
 
 # -- the call --------------------------------------------------------------------------------------------
 
@@ -151,11 +152,9 @@ def to_bits(x: torch.Tensor, bits: int, signed: bool) -> torch.Tensor:
     return ((codes ^ half) - half).to(torch.int8)
 
 
-def to_float4(x: torch.Tensor) -> torch.Tensor:
-    """The nearest values of float4 e2m1 (ties to even), saturated, in float32."""
-    size = x.to(torch.float32).abs().clamp(max=6.0)
-    step = torch.where(size < 2.0, 0.5, torch.where(size < 4.0, 1.0, 2.0))
-    return torch.copysign(torch.round(size / step) * step, x.to(torch.float32))
+def to_narrow(x: torch.Tensor, dtype: str) -> torch.Tensor:
+    """The nearest values of a float of 4 or 6 bits (ties to even), saturated, in float32."""
+    return round_element(x.to(torch.float32), dtype)
 
 
 def to_float8(x: torch.Tensor, dtype: torch.dtype, saturate: bool) -> torch.Tensor:
@@ -236,6 +235,16 @@ def hadamard(
     if signs is not None and transpose:
         x = x * signs
     return x.movedim(-1, axis)
+
+
+def reassemble(
+    x: torch.Tensor, index: torch.Tensor, segment: torch.Tensor, weights: torch.Tensor, axis: int, count: int
+) -> torch.Tensor:
+    """y[.., c] = sum of weights[k] x[.., index[k]] over the k with segment[k] = c, along `axis`; c < count."""
+    taken = x.index_select(axis, index) * weights.to(x.dtype).reshape(-1, *(1,) * (x.ndim - 1 - axis))
+    shape = [*x.shape]
+    shape[axis] = count
+    return x.new_zeros(shape).index_add(axis, segment, taken)
 
 
 def selective_scan(

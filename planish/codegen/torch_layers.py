@@ -18,8 +18,16 @@ from planish.codegen.torch_ops import back
 from planish.codegen.torch_sizes import dim
 from planish.ir.ops.attention import attend, turn
 from planish.ir.ops.base import normal_axis
-from planish.ir.ops.quantization import from_codes, to_codes, to_codes_by_range
-from planish.ir.types import torch_dtype
+from planish.ir.ops.codes import (
+    from_clusters,
+    from_codes,
+    held_dtype,
+    to_codes,
+    to_codes_by_format,
+    to_codes_by_range,
+)
+from planish.ir.ops.quantization import by_format, result_dtype
+from planish.ir.types import WIDE_FLOATS, torch_dtype
 
 if TYPE_CHECKING:
     import torch.fx
@@ -283,22 +291,44 @@ def _rope(emission: Emission, node: Node) -> torch.fx.Node:
 # -- quantised numbers -----------------------------------------------------------------------------------
 
 
-@emitter("quantize", reads="dtype axis")
+@emitter("quantize", reads="dtype axis block")
 def _quantize(emission: Emission, node: Node) -> torch.fx.Node:
     x, scale, zero = (emission.optional(node.operand(index)) for index in range(3))
-    own = attributes_of(node)
-    return emission.call(to_codes, x, scale, zero, str(own["dtype"]), own["axis"])
+    own, dtype = attributes_of(node), str(attributes_of(node)["dtype"])
+    return emission.call(to_codes, x, scale, zero, dtype, own["axis"], own["block"], held_dtype(dtype))
 
 
-@emitter("dequantize", reads="axis")
+@emitter("dequantize", reads="axis block dtype")
 def _dequantize(emission: Emission, node: Node) -> torch.fx.Node:
     codes, scale, zero = (emission.optional(node.operand(index)) for index in range(3))
-    return emission.call(from_codes, codes, scale, zero, attributes_of(node)["axis"])
+    own = attributes_of(node)
+    return emission.call(from_codes, codes, scale, zero, own["axis"], own["block"], _result(emission, node, 1))
 
 
-@emitter("dynamic_quantize", reads="granularity symmetric floor")
+@emitter("dequantize_split", reads="axis block index dtype")
+def _dequantize_split(emission: Emission, node: Node) -> torch.fx.Node:
+    codes, ids, scale, zero = (emission.optional(node.operand(index)) for index in range(4))
+    own, to = attributes_of(node), _result(emission, node, 2)
+    return emission.call(from_clusters, codes, ids, scale, zero, own["axis"], own["block"], own["index"], to)
+
+
+def _result(emission: Emission, node: Node, port: int) -> Any:
+    """The dtype of a dequantised value; None: that of its scale."""
+    scale = node.operand(port)
+    plain = node.attributes.get("dtype") is None and scale is not None and scale.dtype in WIDE_FLOATS
+    return None if plain else emission.dtype(result_dtype(node, scale))
+
+
+@emitter("dynamic_quantize", reads="granularity block dtype symmetric floor scale rule")
 def _dynamic_quantize(emission: Emission, node: Node) -> list[torch.fx.Node]:
     own, x = attributes_of(node), emission.tensor(node.operand(0))
-    floor = own["floor"] if isinstance(own["floor"], float) else None
-    made = emission.call(to_codes_by_range, x, str(own["granularity"]), bool(own["symmetric"]), floor)
+    granularity, symmetric = str(own["granularity"]), bool(own["symmetric"])
+    if by_format(node):
+        outer, dtype, scale = emission.optional(node.operand(1)), str(own["dtype"]), own["scale"]
+        dtypes = held_dtype(dtype), None if scale is None else held_dtype(str(scale))
+        said = (dtype, granularity, own["block"], scale, own["rule"], symmetric, *dtypes)
+        made = emission.call(to_codes_by_format, x, outer, *said)
+    else:
+        floor = own["floor"] if isinstance(own["floor"], float) else None
+        made = emission.call(to_codes_by_range, x, granularity, symmetric, floor)
     return [emission.call(operator.getitem, made, index) for index in range(len(node.results))]

@@ -10,8 +10,10 @@ import torch
 from planish.codegen import torch_functions as functions
 from planish.codegen.torch_emission import Emission, attributes_of, emitter, shape_of
 from planish.codegen.torch_sizes import sizes
+from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.ops.base import normal_axis
+from planish.ir.ops.reassembly import segments
 from planish.ir.ops.resize import torch_name
 from planish.ir.types import is_float, torch_dtype
 
@@ -73,6 +75,17 @@ def _index_add(emission: Emission, node: Node) -> torch.fx.Node:
     return emission.call(aten.index_add.default, x, _axis(node), index(emission, node.operand(1)), source)
 
 
+@emitter("reassemble", reads="axis")
+def _reassemble(emission: Emission, node: Node) -> torch.fx.Node:
+    x, _, sizes, _ = node.operands
+    if sizes is None or sizes.constant is None:
+        raise PlanishError("reassemble: its sizes must be constant to write torch code", where=str(node))
+    counts = sizes.constant.array()
+    segment = emission.shared(f"{node.result.name}_segments", Constant.of(segments(counts)))
+    entries, weights = index(emission, node.operand(1)), emission.tensor(node.operand(3))
+    return emission.call(functions.reassemble, emission.tensor(x), entries, segment, weights, _axis(node), len(counts))
+
+
 @emitter("topk", reads="k axis largest sorted")
 def _topk(emission: Emission, node: Node) -> list[torch.fx.Node]:
     own = attributes_of(node)
@@ -81,6 +94,12 @@ def _topk(emission: Emission, node: Node) -> list[torch.fx.Node]:
         bool(own["sorted"]),
     )  # fmt: skip
     return [emission.call(operator.getitem, made, place) for place in range(len(node.results))]
+
+
+@emitter("nonzero")
+def _nonzero(emission: Emission, node: Node) -> torch.fx.Node:
+    found = emission.call(aten.nonzero.default, emission.tensor(node.operand(0)))
+    return emission.call(aten.view.default, found, [-1])
 
 
 @emitter("resize", reads="mode align_corners scales")

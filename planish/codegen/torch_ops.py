@@ -14,13 +14,13 @@ import torch
 
 from planish.codegen import torch_functions as functions
 from planish.codegen.torch_emission import (
-    HELD_AS,
     UNSIGNED,
     Emission,
     attributes_of,
     emitter,
     is_floating,
 )
+from planish.ir.ops.base import HELD_AS
 from planish.ir.types import WIDE_FLOATS, bits, is_float, torch_dtype
 
 if TYPE_CHECKING:
@@ -105,10 +105,10 @@ def _cast(emission: Emission, node: Node) -> torch.fx.Node:
     to, source = str(own["to"]), None if node.operands[0] is None else node.operands[0].dtype
     if to == source:
         return x
-    if to in ("u4", "i4", "u2", "i2"):
+    if bits(to) < 8 and not is_float(to):
         return emission.call(functions.to_bits, x, bits(to), to.startswith("i"))
-    if to == "f4e2m1":
-        return emission.call(functions.to_float4, x)
+    if is_float(to) and bits(to) < 8:
+        return emission.call(functions.to_narrow, x, to)
     if is_float(to) and to not in WIDE_FLOATS and to not in HELD_AS:
         return emission.call(functions.to_float8, x, torch_dtype(to), bool(own["saturate"]))
     if to in UNSIGNED and is_float(source):

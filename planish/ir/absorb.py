@@ -17,7 +17,8 @@ from planish.ir.graph import Node, Value
 from planish.ir.ops.base import Act, Axes
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.spaces import Blocker, FoldSite, Member, Space
-from planish.ir.transform import Mix, Permute, Scale, Shift, Transform, apply
+from planish.ir.transform import Mix, Permute, Scale, Shift, Split, Transform, Unsplit, apply
+from planish.ir.types import TensorType
 
 
 def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bool = False) -> int:
@@ -42,6 +43,8 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
     # readers first: an op behind a blocked producer then stands before theirs
     edges = sorted(dict.fromkeys(map(_Edge, space.blockers)), key=lambda edge: not edge.into)
     _check_edges(edges, space)
+    if isinstance(transform, Split):
+        _check_split(space)
     for site in space.maximal_folds:
         if not isinstance(transform, Shift) or site.node.op.fold is None:
             raise Declined(f"{site.node.op.name} has no formula for this transform", site.node)
@@ -50,9 +53,36 @@ def absorb(rewriter: Rewriter, space: Space, transform: Transform, *, insert: bo
         _transform_constant(rewriter, member, transform, done)
     for site in space.maximal_folds:
         _fold(rewriter, site, transform)
+    if isinstance(transform, Split):
+        fixed = {edge.blocker.value for edge in edges if not edge.into}
+        _retype(rewriter, [m for m in space.activations if m.value not in fixed], transform)
     for edge in edges:
         edge.insert(rewriter, transform)
     return len(edges)
+
+
+def _check_split(space: Space) -> None:
+    """Raise `Declined` unless each tensor is as large as when the space was found."""
+    for member in (*space.activations, *space.constants):
+        value = member.current
+        if value is None or member.private or len(member.axes) != 1 or (member.variance < 0 and not member.is_constant):
+            raise Declined("the space has a tensor that cannot be split", member.node or member.value)
+        assert value.shape is not None
+        if value.shape[member.axes[0]] != (space.size if member.atoms is None else len(member.atoms)):
+            raise Declined("another split has changed a tensor of the space: analyse again", value)
+
+
+def _retype(rewriter: Rewriter, members: list[Member], transform: Split) -> None:
+    """Give activations their new sizes."""
+    for member in members:
+        value = member.value
+        assert value is not None and isinstance(value.type, TensorType) and value.type.shape is not None
+        (axis,) = member.axes
+        shape = list(value.type.shape)
+        count = shape[axis]
+        assert isinstance(count, int)
+        shape[axis] = int(transform.copies(member.atoms, count).sum())
+        rewriter.retype(value, TensorType(value.type.dtype, tuple(shape)))
 
 
 def _check_edges(edges: list[_Edge], space: Space) -> None:
@@ -77,6 +107,8 @@ def _check_edges(edges: list[_Edge], space: Space) -> None:
 def _check(space: Space, transform: Transform) -> None:
     if transform.act is not space.act and not (space.act is Act.LINEAR and isinstance(transform, Mix)):
         raise Declined(f"a {transform.act.value} is not a {space.act.value}")
+    if space.act is Act.SPLIT and not space.admitted and not all(b.variance > 0 for b in space.blockers):
+        raise Declined("no explicit op divides split channels", space.blockers[0].node)
     if transform.size != space.size:
         raise Declined(f"the transform has {transform.size} channels, the space {space.size}")
     match transform:
@@ -93,6 +125,9 @@ def _check(space: Space, transform: Transform) -> None:
                 raise Declined("not a permutation")
             if space.labels is not None and not (space.labels[order] == space.labels).all():
                 raise Declined("the permutation leaves its blocks")
+        case Split(counts):
+            if (counts < 1).any():
+                raise Declined("a channel would be dropped")
         case Mix():
             for index, matrix in transform.blocks:
                 if not np.isfinite(matrix).all():
@@ -116,6 +151,8 @@ def transformed(member: Member, transform: Transform) -> np.ndarray:
 
 def _applied(member: Member, data: np.ndarray, transform: Transform) -> np.ndarray:
     """The transform on an array of the member's shape, or on one that was grown from it to the left."""
+    if isinstance(transform, Split):
+        return apply(data, member.axes, transform, member.atoms, member.variance)
     shape = data.shape
     data, axes = member.seen(data)
     if isinstance(transform, Permute):
@@ -260,7 +297,7 @@ def _explicit(
     rewriter: Rewriter,
     value: Value,
     axes: Axes,
-    transform: Transform,
+    transform: Transform | Unsplit,
     atoms: np.ndarray | None,
     variance: int,
     *,
@@ -285,6 +322,13 @@ def _explicit(
             data = data.reshape(shape[axes[0] :])
             op = "mul" if isinstance(transform, Scale) else "add"
             node = rewriter.insert(op, [value, constant(data, value.dtype)], before=before, names=[hint])
+        case Split() | Unsplit():
+            size = transform.size if atoms is None else len(atoms)
+            full = Split(transform.counts).copies(atoms, size)
+            kept = np.repeat(np.arange(size), full) if isinstance(transform, Split) else np.cumsum(full) - full
+            node = rewriter.insert(
+                "gather", [value, constant(kept, "i64")], {"axis": axes[0]}, before=before, names=[hint]
+            )
         case Permute():
             order = apply(np.arange(count), (0,), transform, atoms, variance).astype(np.int64)
             node = rewriter.insert(

@@ -39,7 +39,7 @@ from planish.ir.ops.base import (
     Port,
     Relation,
 )
-from planish.ir.transform import Permute, Shift, Transform, apply, random_transform
+from planish.ir.transform import Permute, Shift, Split, Transform, apply, random_transform
 from planish.ir.types import is_float
 
 DRAWS = 20  # for a refusal to count as an overlooked identity
@@ -182,7 +182,9 @@ class _Claim:
             bad = self._made(element, data)
             if bad is not None:
                 return bad
-        for atoms, size, labels in self.parts():
+        if self.act is Act.SPLIT:
+            self._split(data, rng)
+        for atoms, size, labels in self.parts() if self.act is not Act.SPLIT else ():
             transform = random_transform(
                 self.act, size, rng, labels=labels if self.act in MIXING else None, positive=self.positive
             )
@@ -190,7 +192,22 @@ class _Claim:
                 element = self.elements[k]
                 for port in element.ports:
                     data[port] = _given(data[port], element, transform, own)
-        return _difference(self.trial.evaluate(data), data)
+        try:
+            results = self.trial.evaluate(data)
+        except (IndexError, RuntimeError, ValueError) as error:  # operands whose sizes do not fit
+            return f"it cannot be computed ({error})"
+        return _difference(results, data)
+
+    def _split(self, data: dict[Port, np.ndarray], rng: np.random.Generator) -> None:
+        """Split the channels of all parts at once: afterwards an axis has another size."""
+        counts = [np.ones(element.size, np.int64) for element in self.elements]
+        for atoms, size, _ in self.parts():
+            drawn = rng.integers(1, 4, size)
+            for k, own in atoms.items():
+                counts[k][own >= 0] = drawn[own[own >= 0]]
+        for element, of_each in zip(self.elements, counts, strict=True):
+            for port in element.ports:
+                data[port] = _given(data[port], element, Split(of_each), None)
 
     def _made(self, element: _Element, data: dict[Port, np.ndarray]) -> str | None:
         """Make or expand the constant of an element."""
@@ -210,7 +227,7 @@ class _Claim:
         return None
 
 
-def _given(data: np.ndarray, element: _Element, transform: Transform, atoms: np.ndarray) -> np.ndarray:
+def _given(data: np.ndarray, element: _Element, transform: Transform, atoms: np.ndarray | None) -> np.ndarray:
     """Data with the transform on an element."""
     shape = data.shape
     if element.view is not None:
@@ -218,6 +235,8 @@ def _given(data: np.ndarray, element: _Element, transform: Transform, atoms: np.
     if element.offset:
         data = data + element.offset
     data = apply(data, element.axes, transform, atoms, element.variance)
+    if transform.act is Act.SPLIT:
+        return data  # of another shape
     return (data - element.offset if element.offset else data).reshape(shape)
 
 
@@ -304,7 +323,7 @@ def _overlooked(trial: Trial, act: Act, port: Port, axes: Axes, rng: np.random.G
     others = [p for p in trial.ports if (p < 0) != (port < 0)]
     candidates = [(None, (), 1)] if port >= 0 else []
     for other in others:
-        if trial.data[other].dtype.kind != "f" and act is not Act.PERMUTE:
+        if trial.data[other].dtype.kind != "f" and act not in (Act.PERMUTE, Act.SPLIT):
             continue
         shape = trial.data[other].shape
         for there in itertools.combinations(range(len(shape)), len(axes)):
@@ -357,7 +376,9 @@ def questions(trial: Trial) -> Iterator[tuple[Act, Port, Axes]]:
         static = [a for a, d in enumerate(value.shape) if isinstance(d, int) and d > 0]
         for axes in (*((a,) for a in static), *itertools.combinations(static, 2)):
             for act in ACTS:
-                if act is Act.PERMUTE or is_float(value.dtype):
+                if act is Act.SPLIT and len(axes) > 1:
+                    continue  # joint axes have no room for more channels
+                if act in (Act.PERMUTE, Act.SPLIT) or is_float(value.dtype):
                     yield act, port, axes
 
 
@@ -368,6 +389,8 @@ def _first_of(trial: Trial, port: Port) -> int:
 
 def excused(row: OpDef, act: Act, port: Port) -> bool:
     """True if the row lists refusals of this act (at this port) as conservative."""
+    if act is Act.SPLIT and row.repeats is None:
+        return True  # its reason says that no rule was derived
     count = len(row.params)
     if port < 0:
         names = {"result", str(port)}

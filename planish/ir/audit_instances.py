@@ -15,6 +15,7 @@ import numpy as np
 from planish.ir.audit_lookup import instances as lookups
 from planish.ir.audit_trial import Instance, Operand
 from planish.ir.constant import Constant
+from planish.ir.types import numpy_dtype
 
 
 def _a(*shape: int, draw: Any = "normal", dtype: str = "f32") -> Operand:
@@ -445,22 +446,40 @@ def _scan() -> dict[str, list[Instance]]:
 
 def _quantization() -> dict[str, list[Instance]]:
     codes = _c(3, 4, draw="integer", dtype="i8")
+    ids = _c(3, 4, draw=(np.arange(12) % 3).reshape(3, 4).astype(numpy_dtype("u2")), dtype="u2")
     return {
         "quantize": [
             _on(_a(3, 4), _c(draw="positive"), dtype="i8"),
             _on(_a(3, 4), _c(4, draw="positive"), _c(4, draw="integer", dtype="u8"), axis=1),
+            _on(_a(3, 6), _c(3, 2, draw="positive"), _c(3, 2, draw="integer", dtype="u4"), axis=1, block=4, dtype="u4"),
+            _on(_a(3, 4), _c(3, 1, draw="positive"), dtype="f4e2m1"),
         ],
         "dynamic_quantize": [
             _on(_a(3, 4)),
             _on(_a(3, 4), granularity="token"),
             _on(_a(3, 4), symmetric=True),
+            _on(_a(3, 7), granularity="group", block=4, dtype="i4", symmetric=True),
+            _on(_a(3, 8), granularity="group", block=4, dtype="f4e2m1", scale="f8e8m0", rule="even"),
+            _on(_a(3, 8), _c(draw="positive"), granularity="group", block=4, dtype="f4e2m1", scale="f8e4m3fn"),
+            _on(_a(2, 3, 4), granularity="token", dtype="f8e4m3fn"),
         ],
         "dequantize": [
             _on(codes, _c(4, draw="positive"), axis=1),
             _on(codes, _c(3, draw="positive"), _c(3, draw="integer", dtype="i8"), axis=0),
             _on(codes, _c(draw="positive")),
+            _on(codes, _c(3, 1, draw="positive")),
+            _on(codes, _c(3, 2, draw="positive"), _c(3, 2, draw="integer", dtype="i8"), axis=1, block=3),
+            _on(_c(2, 6, 3, draw="integer", dtype="i4"), _c(2, 2, 3, draw="positive", dtype="f16"), axis=1, block=3,
+                dtype="f32"),
+            _on(codes, _c(3, 2, draw="power", dtype="f8e8m0"), axis=-1, block=2, dtype="f32"),
         ],
-    }
+        "dequantize_split": [
+            _on(codes, ids, _c(3, 4, draw="positive"), axis=1),
+            _on(codes, ids, _c(3, 3, 2, draw="positive"), _c(3, 3, 2), axis=1, block=2),
+            _on(codes, ids, _c(3, 3, 2, draw="positive"), axis=1, block=2, index=1),
+            _on(_c(3, 4), ids, _c(3, draw="equal")),
+        ],
+    }  # fmt: skip
 
 
 @cache

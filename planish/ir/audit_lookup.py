@@ -60,6 +60,12 @@ def instances() -> dict[str, list[Instance]]:
             Instance((_a(5, 3),), {"k": 3, "axis": 0, "largest": False}),
             Instance((_a(2, 5, 3),), {"k": 1, "axis": 1}),
         ],
+        "nonzero": [Instance((_a(5),), {})],
+        "reassemble": [
+            Instance((_a(3, 4), _given(2, 0, 1, 3), _given(1, 2, 1), _a(4, constant=True)), {}),
+            Instance((_a(2, 3, 4), _given(0, 1, 1, 2, 0), _given(2, 1, 1, 1), _a(5, constant=True)), {"axis": 1}),
+            Instance((_a(5, 2), _given(4, 3, 2, 1, 0, 0), _given(1, 1, 1, 1, 1, 1), _a(6)), {"axis": 0}),
+        ],
         "resize": [
             Instance((_a(2, 3, 4, 4), _given(8, 6)), {}),
             Instance((_a(2, 3, 4, 4), _given(3, 7)), {"mode": "linear"}),

@@ -15,7 +15,7 @@ import torch
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Graph, Value
 from planish.ir.ops.base import OpDef, Port, Wide
-from planish.ir.types import TensorType, numpy_dtype
+from planish.ir.types import TensorType, bits, numpy_dtype
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Operand:
         shape: static dims.
         constant: a constant rather than an activation.
         draw: how its data is drawn: normal, positive, nonzero, few (few different values), integer, bool,
-            rows (they sum to 1), equal (one value everywhere), or the data itself.
+            rows (they sum to 1), power (of two), equal (one value everywhere), or the data itself.
         dtype: its dtype.
         same: the operand that is the same value.
     """
@@ -54,12 +54,15 @@ def draw(operand: Operand, rng: np.random.Generator) -> np.ndarray:
     data = rng.normal(size=shape)
     match operand.draw:
         case "integer":
-            least = 0 if operand.dtype.startswith("u") else -3
-            return rng.integers(least, 4, shape).astype(numpy_dtype(operand.dtype))
+            most = min(4, 2 ** bits(operand.dtype) // (1 if operand.dtype.startswith("u") else 2))
+            least = 0 if operand.dtype.startswith("u") else 1 - most
+            return rng.integers(least, most, shape).astype(numpy_dtype(operand.dtype))
         case "few":
             return rng.integers(-2, 3, shape).astype(np.float64)
         case "bool":
             return rng.random(shape) < 0.6
+        case "power":
+            return np.exp2(rng.integers(-3, 4, shape))
         case "equal":
             return np.full(shape, rng.normal())
         case "rows":
@@ -73,6 +76,13 @@ def draw(operand: Operand, rng: np.random.Generator) -> np.ndarray:
             data = np.where(rng.random(shape) < 0.1, 0.0, data)
     large = rng.random(shape) < 0.05
     return np.asarray(np.where(large, 40.0 * data, data))
+
+
+def _held(data: np.ndarray) -> torch.Tensor:
+    """Data as an evaluation in float64 holds it."""
+    if data.dtype.name in ("int2", "uint2", "int4", "uint4"):
+        return torch.from_numpy(data.astype(np.int8 if data.dtype.name[0] == "i" else np.uint8))
+    return torch.from_numpy(np.array(data if data.dtype.isbuiltin else data.astype(np.float64)))
 
 
 class Trial:
@@ -111,7 +121,7 @@ class Trial:
     def evaluate(self, data: Mapping[Port, np.ndarray]) -> list[np.ndarray]:
         """The results in float64 for operands' data."""
         count = max((p for p in data if p >= 0), default=-1) + 1
-        tensors = [torch.from_numpy(np.array(data[p])) if p in data else None for p in range(count)]
+        tensors = [_held(data[p]) if p in data else None for p in range(count)]
         results = self.node.op.evaluate(self.node, tensors, Wide(torch.float64))
         return [r.detach().numpy() for r in results]
 

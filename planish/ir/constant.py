@@ -158,10 +158,15 @@ class Constant:
         return self._raw().astype(np.float64)
 
     def tensor(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """A torch tensor, in `dtype` if that is given and the constant is a float; do not write to it."""
+        """A torch tensor, in `dtype` if that is given and the constant is a float; do not write to it.
+
+        Floats that torch lacks are held in float32.
+        """
         import numpy as np
         import torch
 
+        if dtype is None and self.dtype in ("f4e2m1", "f6e2m3", "f6e3m2", "f8e8m0"):
+            dtype = torch.float32
         if dtype is not None and is_float(self.dtype):
             raw = self._raw()
             if raw.dtype.name not in ("float16", "float32", "float64"):  # ml_dtypes' own
@@ -199,12 +204,19 @@ class Constant:
 
 
 def unpack_bits(packed: np.ndarray, dtype: str, size: int) -> np.ndarray:
-    """Unpack 2- or 4-bit elements, low bits first, to one ml_dtypes element a byte, shape [size]."""
+    """Unpack elements of less than 8 bits from a bitstream, low bits first, to one element a byte, shape [size].
+
+    The inverse of `pack_bits`.
+    """
     import numpy as np
 
     width = bits(dtype)
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    codes = ((packed[:, None] >> shifts) & np.uint8((1 << width) - 1)).reshape(-1)[:size]
+    if 8 % width:  # 3 and 6 bits: an element may lie in two bytes
+        stream = np.unpackbits(packed.view(np.uint8), count=size * width, bitorder="little").reshape(size, width)
+        codes = np.packbits(stream, axis=1, bitorder="little").reshape(size)
+    else:
+        shifts = np.arange(0, 8, width, dtype=np.uint8)
+        codes = ((packed[:, None] >> shifts) & np.uint8((1 << width) - 1)).reshape(-1)[:size]
     if dtype.startswith("i"):
         half = 1 << (width - 1)
         return ((codes.astype(np.int8) ^ half) - half).astype(numpy_dtype(dtype))
@@ -214,14 +226,20 @@ def unpack_bits(packed: np.ndarray, dtype: str, size: int) -> np.ndarray:
 
 
 def pack_bits(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The inverse of `unpack_bits`: uint8, low bits first, the last byte padded with zeros."""
+    """Elements of less than 8 bits as one bitstream, low bits first: uint8, the last byte padded with zeros.
+
+    Elements of 2 and 4 bits fill bytes, one of 3 or 6 bits may lie in two: 8 or 4 elements in 3 bytes. (For 3 bits
+    these are GPTQ's words, and for 6 bits ONNX's bytes.)
+    """
     import numpy as np
 
     width = bits(dtype)
-    per = 8 // width
     flat = array.reshape(-1)
     codes = flat.astype(np.int8).view(np.uint8) if dtype[0] in "iu" else flat.view(np.uint8)
     codes = codes & np.uint8((1 << width) - 1)
+    if 8 % width:
+        return np.packbits(np.unpackbits(codes[:, None], axis=1, count=width, bitorder="little"), bitorder="little")
+    per = 8 // width
     rows = np.pad(codes, (0, -len(codes) % per)).reshape(-1, per)
     out = np.zeros(len(rows), np.uint8)
     for i in range(per):

@@ -19,7 +19,7 @@ one scale for the tensor.
     even      amax rounded to the element's mantissa first              rceil   2^ceil(log2(amax / largest element))
 
 `splitK`: every element belongs to one of K clusters, each with a scale and a zero point (SplitQuant, arXiv
-2501.15428). `static`: the range of an activation comes from calibration.
+2501.12428). `static`: the range of an activation comes from calibration.
 """
 
 from __future__ import annotations
@@ -104,8 +104,13 @@ class Format:
         else:
             raise PlanishError(f"format '{text}': '{name}' is unknown; expected one of {', '.join(NAMES)}",
                                hint=nearest(name, NAMES))  # fmt: skip
+        said: set[str] = set()
         for suffix in suffixes:
-            found = dataclasses.replace(found, **found._suffix(suffix, str(text), name in _BLOCK_FORMATS))
+            change = found._suffix(suffix, str(text), name in _BLOCK_FORMATS)
+            if said & set(change):
+                raise PlanishError(f"format '{text}': '{suffix}' contradicts an earlier suffix")
+            said |= set(change)
+            found = dataclasses.replace(found, **change)
         return found
 
     def _suffix(self, suffix: str, text: str, fixed: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from planish.ir.types import is_float, numpy_dtype
+from planish.ir.types import bits, is_float, numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,7 +128,9 @@ def decode_elements(words: Sequence[str], dtype: str, wide: bool) -> np.ndarray:
     except OverflowError as error:
         raise ValueError(f"integer out of the range of {dtype}") from error
     array = plain.astype(logical)
-    if not (array.astype(plain.dtype) == plain).all():
+    width = bits(dtype)
+    low, high = (-(2 ** (width - 1)), 2 ** (width - 1) - 1) if dtype[0] == "i" else (0, 2**width - 1)
+    if (width < 8 and ((plain < low) | (plain > high)).any()) or not (array.astype(plain.dtype) == plain).all():
         raise ValueError(f"integer out of the range of {dtype}")
     return array
 

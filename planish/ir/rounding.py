@@ -20,6 +20,12 @@ from planish.ir.types import numpy_dtype
 
 CLIPS = tuple(1.0 - i / 100 for i in range(51))  # fractions of the range that the mse search tries
 E4M3_TINY = 2.0**-9  # the least e4m3 number
+# the dtypes of scales: least (float16 needs its numbers below the normal ones) and largest
+SCALE_LIMITS = {
+    "f32": (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max),
+    "f16": (2.0**-24, torch.finfo(torch.float16).max),
+    "bf16": (torch.finfo(torch.bfloat16).tiny, torch.finfo(torch.bfloat16).max),
+}
 
 
 def _power(exponent: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -42,8 +48,7 @@ def round_element(x: torch.Tensor, element: str) -> torch.Tensor:
 def round_scale(scale: torch.Tensor, dtype: str) -> torch.Tensor:
     """Scales as their dtype (f32, f16, bf16) holds them: in the dtype of the argument, none of them 0."""
     narrow = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[dtype]
-    limits = torch.finfo(narrow)
-    return scale.clamp(limits.tiny, limits.max).to(narrow).to(scale.dtype)
+    return scale.clamp(*SCALE_LIMITS[dtype]).to(narrow).to(scale.dtype)
 
 
 def blocks_of(x: torch.Tensor, form: Format) -> torch.Tensor:
@@ -80,7 +85,7 @@ class Grid:
         scale: [..., 1] against blocks [..., size], the factor of the tensor included.
         zero: like scale; None without zero points.
         stored: what is stored per block: equal to `scale` but for a second level.
-        global_scale: of the tensor; None: 1.
+        global_scale: of the tensor, if it is a number; None: 1, or computed at run time.
     """
 
     form: Format
@@ -93,7 +98,12 @@ class Grid:
         """The codes (floats: the elements) of blocks [..., size], in their dtype."""
         if self.form.is_float:
             return round_element(blocks / self.scale, self.form.element)
-        codes = torch.round(blocks / self.scale)
+        if self.zero is not None and self.form.clusters > 1:  # no integer: it is rounded with the code
+            return torch.round(blocks / self.scale + self.zero).clamp(*self.form.range)
+        ratio = blocks / self.scale
+        if self.form.rule == "half":  # every extreme is a tie: as the float32 arithmetic of compressed-tensors has it
+            ratio = (blocks.float() / self.scale.float()).to(blocks.dtype)
+        codes = torch.round(ratio)
         if self.zero is not None:
             codes = codes + self.zero
         return codes.clamp(*self.form.range)
@@ -103,7 +113,9 @@ class Grid:
         return (codes if self.zero is None else codes - self.zero) * self.scale
 
 
-def grid_of(blocks: torch.Tensor, form: Format, fraction: float = 1.0, global_scale: float | None = None) -> Grid:
+def grid_of(
+    blocks: torch.Tensor, form: Format, fraction: float = 1.0, global_scale: float | torch.Tensor | None = None
+) -> Grid:
     """The grid of blocks [..., size] from their extremes.
 
     Args:
@@ -114,8 +126,10 @@ def grid_of(blocks: torch.Tensor, form: Format, fraction: float = 1.0, global_sc
                          form, global_scale)  # fmt: skip
 
 
-def grid_of_range(low: torch.Tensor, high: torch.Tensor, form: Format, global_scale: float | None = None) -> Grid:
-    """The grid of blocks whose extremes are known, [..., 1] each."""
+def grid_of_range(
+    low: torch.Tensor, high: torch.Tensor, form: Format, global_scale: float | torch.Tensor | None = None
+) -> Grid:
+    """The grid of blocks whose extremes are known, [..., 1] each; a `global_scale` is a number or a scalar tensor."""
     lowest, highest = form.range
     if not form.symmetric:
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -132,7 +146,8 @@ def grid_of_range(low: torch.Tensor, high: torch.Tensor, form: Format, global_sc
             global_scale = float(np.float32(float(largest.max()) / (448.0 * highest))) or 1.0
         stored = round_element(largest / highest / global_scale, "f8e4m3fn").clamp(min=E4M3_TINY)
         stored = torch.where(empty, torch.ones_like(stored), stored)
-        return Grid(form, stored * global_scale, None, stored, global_scale)
+        outer = global_scale if isinstance(global_scale, float) else None
+        return Grid(form, stored * global_scale, None, stored, outer)
     match form.rule:
         case "half":
             scale = largest / (highest + 0.5)
@@ -303,7 +318,7 @@ def assemble(codes: torch.Tensor, grids: list[Grid], clusters: np.ndarray | None
         stacked([g.stored for g in grids]),
         form.scale,
         stacked(zeros) if zeros else None,
-        zero_is_float=clusters is not None,
+        zero_is_float=clusters is not None and bool(zeros),
         global_scale=grids[0].global_scale,
         clusters=clusters,
     )

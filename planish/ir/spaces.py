@@ -1,7 +1,7 @@
 """Channel spaces: the sets of tensor axes that must carry the same transform.
 
 The analysis reads nothing but the op table (`OpDef.relate`). For one act (permute, scale, shift,
-rotate, linear) it starts where constants could take a transform up (`OpDef.channels`) and follows
+rotate, linear, split) it starts where constants could take a transform up (`OpDef.channels`) and follows
 what each row demands until every demand is met:
 
 1. *Closure.* An element is a value with some of its axes. Each row that touches an element links it
@@ -252,6 +252,9 @@ def _add(space: Space, search: Search, element: int, atoms: np.ndarray | None, v
             space.blockers.append(Blocker(owner, port, value, member.axes, reason, variance, atoms))
     if element in search.positive:
         space.positive = True
+    if search.act is Act.SPLIT and variance < 0 and not member.is_constant and member.value is not None:
+        reason = "another activation of the space would carry the division by the number of copies"
+        space.blockers.append(Blocker(None, 0, member.value, member.axes, reason, variance, atoms))
 
 
 class ChannelSpaces:

@@ -51,6 +51,16 @@ class ChannelStats:
         largest: np.ndarray = np.maximum(np.abs(self.minimum), np.abs(self.maximum))
         return largest
 
+    def take(self, channels: np.ndarray) -> ChannelStats:
+        """The statistics of some of the channels, by index."""
+        parts = {name: getattr(self, name)[..., channels] for name in FIELDS}
+        return replace(self, **parts)
+
+    def keep(self, kept: np.ndarray) -> ChannelStats:
+        """The statistics where the channels that are not kept (bool [C]) have become 0."""
+        parts = {name: getattr(self, name) * kept for name in FIELDS}
+        return replace(self, **parts)
+
 
 @dataclass
 class Stats:

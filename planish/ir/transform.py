@@ -82,7 +82,47 @@ class Mix:
         return Mix(inverted, self.size, self.orthogonal)
 
 
-Transform = Scale | Shift | Permute | Mix
+@dataclass(frozen=True, eq=False)
+class Split:
+    """x_j -> counts[j] channels x_j, beside each other; `counts` is int [n], at least 1.
+
+    With variance -1 each is divided by counts[j]: what contracts a split axis then sees the same sum.
+    """
+
+    counts: np.ndarray
+    act = Act.SPLIT
+
+    @property
+    def size(self) -> int:
+        return len(self.counts)
+
+    def inverse(self) -> Unsplit:
+        return Unsplit(self.counts)
+
+    def copies(self, atoms: np.ndarray | None, count: int) -> np.ndarray:
+        """How many channels each of `count` positions becomes, int [count]."""
+        full = np.ones(count, np.int64)
+        covered = np.arange(count) if atoms is None else atoms
+        full[covered >= 0] = self.counts[covered[covered >= 0]]
+        return full
+
+
+@dataclass(frozen=True, eq=False)
+class Unsplit:
+    """The first of each channel's copies: undoes `Split`, as an explicit op only."""
+
+    counts: np.ndarray
+    act = Act.SPLIT
+
+    @property
+    def size(self) -> int:
+        return len(self.counts)
+
+    def inverse(self) -> Split:
+        return Split(self.counts)
+
+
+Transform = Scale | Shift | Permute | Mix | Split
 
 
 def copies(atoms: np.ndarray, size: int) -> np.ndarray:
@@ -115,7 +155,7 @@ def apply(
         variance: +1, or -1 for the inverse transpose.
 
     Returns:
-        A new array of the same shape.
+        A new array, of the same shape but for a split (of one axis).
     """
     axes = tuple(axes)
     last = tuple(range(array.ndim - len(axes), array.ndim))
@@ -150,6 +190,13 @@ def apply(
                         out = flat @ right  # without two copies of a large weight
                     else:
                         out[..., where] = flat[..., where] @ right
+        case Split():
+            if len(axes) != 1:
+                raise ValueError("channels on joint axes cannot be split")
+            full = transform.copies(atoms, count)
+            out = np.repeat(flat, full, axis=-1)
+            out = out if variance > 0 else out / np.repeat(full, full)
+            return np.moveaxis(out, -1, axes[0])
     return np.moveaxis(out.reshape(moved.shape), last, axes)
 
 
@@ -169,6 +216,8 @@ def random_transform(
             for group in groups:
                 order[group] = rng.permutation(group)
             return Permute(order)
+        case Act.SPLIT:
+            return Split(rng.integers(1, 4, size))
         case Act.ROTATE:
             blocks = [(g, np.linalg.qr(rng.normal(size=(len(g), len(g))))[0]) for g in groups]
             return Mix(blocks, size, orthogonal=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from planish.ir.errors import PlanishError
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 Dim = int | str | None
 Shape = tuple[Dim, ...] | None
 
-# name: (ONNX TensorProto data type, numpy / ml_dtypes name, torch name or None, bits)
-_DTYPES: dict[str, tuple[int, str, str | None, int]] = {
+# name: (ONNX TensorProto data type or None, numpy / ml_dtypes name, torch name or None, bits)
+_DTYPES: dict[str, tuple[int | None, str, str | None, int]] = {
     "f32": (1, "float32", "float32", 32),
     "u8": (2, "uint8", "uint8", 8),
     "i8": (3, "int8", "int8", 8),
@@ -46,7 +48,12 @@ _DTYPES: dict[str, tuple[int, str, str | None, int]] = {
     "f8e8m0": (24, "float8_e8m0fnu", None, 8),
     "u2": (25, "uint2", None, 2),
     "i2": (26, "int2", None, 2),
+    "f6e2m3": (27, "float6_e2m3fn", None, 6),
+    "f6e3m2": (28, "float6_e3m2fn", None, 6),
+    "u3": (None, "uint8", None, 3),  # ml_dtypes has none: held one a byte
+    "i3": (None, "int8", None, 3),
 }
+HOLDERS = {"u3": "u4", "i3": "i4"}  # where there is no ONNX number: the next wider dtype that has one
 DTYPES = frozenset(_DTYPES)
 _FLOATS = frozenset(n for n in _DTYPES if n.startswith(("f", "bf")))
 WIDE_FLOATS = frozenset({"f16", "bf16", "f32", "f64"})  # the floats that arithmetic is done in
@@ -63,13 +70,20 @@ def bits(dtype: str) -> int:
 
 
 def onnx_enum(dtype: str) -> int:
-    """The `TensorProto.DataType` number."""
-    return _DTYPES[dtype][0]
+    """The `TensorProto.DataType` number.
+
+    Raises:
+        PlanishError: ONNX has no such dtype.
+    """
+    number = _DTYPES[dtype][0]
+    if number is None:
+        raise PlanishError(f"dtype {dtype}: ONNX has no number for it", hint=f"{HOLDERS[dtype]} holds its elements")
+    return number
 
 
 @cache
 def _by_enum() -> dict[int, str]:
-    return {row[0]: name for name, row in _DTYPES.items()}
+    return {row[0]: name for name, row in _DTYPES.items() if row[0] is not None}
 
 
 def from_onnx_enum(number: int) -> str:
@@ -79,7 +93,7 @@ def from_onnx_enum(number: int) -> str:
 
 @cache
 def numpy_dtype(dtype: str) -> np.dtype[Any]:
-    """The numpy dtype; narrow floats and sub-byte integers are ml_dtypes' (one element a byte)."""
+    """The numpy dtype: ml_dtypes' for narrow floats and integers of 2 and 4 bits (one a byte); for 3 bits int8."""
     import numpy as np
 
     name = _DTYPES[dtype][1]
@@ -93,7 +107,7 @@ def numpy_dtype(dtype: str) -> np.dtype[Any]:
 
 @cache
 def _numpy_names() -> dict[str, str]:
-    return {row[1]: name for name, row in _DTYPES.items()}
+    return {row[1]: name for name, row in _DTYPES.items() if name not in HOLDERS}
 
 
 def from_numpy_dtype(dtype: np.dtype[Any]) -> str:

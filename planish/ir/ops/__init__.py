@@ -12,6 +12,7 @@ from typing import Any
 
 from planish.ir.errors import PlanishError, nearest
 from planish.ir.ops.base import OpDef
+from planish.ir.ops.splitting import with_splits
 
 FAMILIES = (
     "elementwise",
@@ -29,6 +30,7 @@ FAMILIES = (
     "reduction",
     "attention",
     "rotation",
+    "reassembly",
     "scan",
     "quantization",
 )
@@ -42,6 +44,7 @@ def register(row: OpDef) -> OpDef:
     """Add a row to the table; ValueError if the name is taken."""
     if row.name in _table:
         raise ValueError(f"op '{row.name}' is registered twice")
+    row = with_splits(row)
     _table[row.name] = row
     return row
 

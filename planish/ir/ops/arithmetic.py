@@ -39,6 +39,7 @@ from planish.ir.ops.base import (
     Port,
     Relation,
     Wide,
+    repeats_by_channel,
 )
 from planish.ir.ops.elementwise import BENDS, REASONS, SHIFT_LOST, UNSIGNED, widened
 from planish.ir.shapes import broadcast_shapes
@@ -347,6 +348,7 @@ def _row(
             relate=relate,
             family="arithmetic",
             summary=summary,
+            repeats=repeats_by_channel,
             **extra,
         )
     )

@@ -44,6 +44,7 @@ class Act(Enum):
     SHIFT = "shift"  # x -> x + t
     ROTATE = "rotate"  # x -> Q x, Q orthogonal
     LINEAR = "linear"  # x -> M x, M invertible
+    SPLIT = "split"  # x_j -> T_j channels x_j (sizes change); what contracts them takes 1 / T_j
 
 
 ACTS = tuple(Act)
@@ -136,7 +137,8 @@ class Param:
     variadic: bool = False
 
 
-_HELD_AS = {"u2": "u8", "u4": "u8", "i2": "i8", "i4": "i8", "f4e2m1": "f32", "f8e8m0": "f32"}
+HELD_AS = {"u2": "u8", "u3": "u8", "u4": "u8", "i2": "i8", "i3": "i8", "i4": "i8"}  # what torch lacks
+HELD_AS |= dict.fromkeys(("f4e2m1", "f6e2m3", "f6e3m2", "f8e8m0"), "f32")
 
 
 class Wide:
@@ -157,7 +159,7 @@ class Wide:
 
         if self.dtype is not None and is_float(dtype):
             return self.dtype
-        return torch_dtype(_HELD_AS.get(dtype, dtype))
+        return torch_dtype(HELD_AS.get(dtype, dtype))
 
     def hold(self, constant: Constant) -> Any:
         """A constant as the evaluation holds it: a tensor; strings are a numpy array of objects."""
@@ -165,9 +167,14 @@ class Wide:
 
         if constant.dtype == "str":
             return constant.array()
-        if is_float(constant.dtype) and (self.dtype is not None or constant.dtype in _HELD_AS):
+        if is_float(constant.dtype) and (self.dtype is not None or constant.dtype in HELD_AS):
             return constant.tensor(self.of(constant.dtype))
         return constant.tensor()
+
+
+def repeats_by_channel(node: Node, port: Port, axes: Axes) -> str | None:
+    """`OpDef.repeats` of an op that takes each channel by itself, or adds channels up with a factor for each."""
+    return None
 
 
 def _blocks(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
@@ -197,6 +204,9 @@ class OpDef:
         summary: the equation, for the documentation.
         conservative: the absent (act, port role) moves for which the algebra would allow more, with why.
         attributes: attribute names and defaults.
+        repeats: `(node, port, axes) -> why not`: where it says None, what the row says of a permutation holds for any
+            choice of channels, one taken several times included; its SPLIT follows from that
+            (`planish.ir.ops.splitting`). Absent: the op blocks SPLIT.
         beyond: the acts for which `relate` looks at more than the types of the ports, the attributes, the data
             of integer constants and of constants of at most 16 elements, and which operands are one value.
     """
@@ -214,6 +224,7 @@ class OpDef:
     conservative: Mapping[str, str] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
     beyond: frozenset[Act] = frozenset()
+    repeats: Callable[[Node, Port, Axes], str | None] | None = None
 
     @property
     def short(self) -> str:

@@ -26,6 +26,7 @@ from planish.ir.ops.base import (
     Port,
     Relation,
     Wide,
+    repeats_by_channel,
 )
 from planish.ir.ops.labels import integer, number
 from planish.ir.ops.norms import JOIN, Norm, affine_norm, norm_sites, ranked, scaled, stashed
@@ -88,6 +89,7 @@ batch_norm = register(
         family="normalisation",
         summary="(x - mean[c]) / sqrt(var[c] + eps) * gain[c] + bias[c], c on axis 1",
         attributes={"eps": 1e-5},
+        repeats=repeats_by_channel,
     )
 )
 

@@ -31,7 +31,20 @@ from planish.ir.ops.affine import (
     wide,
 )
 from planish.ir.ops.align import attribute, numeric, static
-from planish.ir.ops.base import INVISIBLE, Act, Axes, Block, Carry, Fold, OpDef, Param, Port, Relation, Wide
+from planish.ir.ops.base import (
+    INVISIBLE,
+    Act,
+    Axes,
+    Block,
+    Carry,
+    Fold,
+    OpDef,
+    Param,
+    Port,
+    Relation,
+    Wide,
+    repeats_by_channel,
+)
 from planish.ir.ops.labels import (
     Site,
     broadcast_dims,
@@ -134,6 +147,7 @@ matmul = register(
         conservative={
             "shift@a": "a shift of a whose rows meet columns of b that sum to 1 would pass",
         },
+        repeats=repeats_by_channel,
     )
 )
 
@@ -212,6 +226,7 @@ linear = register(
         family="contraction",
         summary="y[.., n] = sum_k x[.., k] weight[n, k] + bias[n]; transposed: weight[k, n]",
         attributes={"transposed": False},
+        repeats=repeats_by_channel,
     )
 )
 
@@ -364,5 +379,6 @@ gemm = register(
         family="contraction",
         summary="y = alpha A B + beta C, A and B transposed on demand",
         attributes={"alpha": 1.0, "beta": 1.0, "trans_a": False, "trans_b": False},
+        repeats=repeats_by_channel,
     )
 )

@@ -40,6 +40,12 @@ PADDING = Block("a shift does not reach the zeros of its padding")
 GROUPS = Block("the channels of a group must stay together")
 
 
+def _repeats(node: Node, port: Port, axes: Axes) -> str | None:
+    if integer(node, "groups") != 1 and (port in (1, 2) or axes == (1,)):
+        return "its groups would change their size"
+    return None
+
+
 class Window:
     """The attributes of a conv with the defaults filled in, for `spatial` axes."""
 
@@ -253,6 +259,7 @@ conv = register(
         family="contraction",
         summary="y[b, m, i] = sum_{c, j} x[b, c, stride i + dilation j] weight[m, c, j] + bias[m]",
         attributes=_WINDOW,
+        repeats=_repeats,
     )
 )
 
@@ -327,5 +334,6 @@ conv_transpose = register(
         summary="y[b, m, stride i + dilation j] += x[b, c, i] weight[c, m, j]; + bias[m]",
         conservative={"shift@x": "a kernel of one tap and stride 1 would take a shift up"},
         attributes={**_WINDOW, "output_padding": (), "output_shape": ()},
+        repeats=_repeats,
     )
 )

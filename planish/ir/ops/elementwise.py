@@ -13,7 +13,19 @@ from planish.ir.errors import PlanishError
 from planish.ir.graph import Node
 from planish.ir.ops import register
 from planish.ir.ops.align import attribute, conservative, numeric
-from planish.ir.ops.base import Act, Axes, Block, Carry, Link, OpDef, Param, Port, Relation, Wide
+from planish.ir.ops.base import (
+    Act,
+    Axes,
+    Block,
+    Carry,
+    Link,
+    OpDef,
+    Param,
+    Port,
+    Relation,
+    Wide,
+    repeats_by_channel,
+)
 from planish.ir.types import UNKNOWN, WIDE_FLOATS, TensorType, Type, is_float, numpy_dtype
 
 UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})  # torch computes little with them
@@ -100,6 +112,7 @@ def _unary(
             summary=summary,
             attributes=attributes,
             conservative=absent or {},
+            repeats=repeats_by_channel,
         )
     )
 
@@ -177,18 +190,21 @@ register(
         relate=PASSES_ALL,
         family="elementwise",
         summary="y = x",
+        repeats=repeats_by_channel,
     )
 )
 
 
 # -- cast -----------------------------------------------------------------------------------------
 
-_SUB_BYTE = {"u4": 4, "i4": 4, "u2": 2, "i2": 2}
+_SUB_BYTE = {"u4": 4, "i4": 4, "u3": 3, "i3": 3, "u2": 2, "i2": 2}
 _NARROW_LIMITS = {
     "f8e4m3fn": 448.0,
     "f8e4m3fnuz": 240.0,
     "f8e5m2": 57344.0,
     "f8e5m2fnuz": 57344.0,
+    "f6e3m2": 28.0,
+    "f6e2m3": 7.5,
     "f4e2m1": 6.0,
 }
 
@@ -223,7 +239,7 @@ def _rounded(node: Node, x: torch.Tensor, to: str) -> torch.Tensor:
     if to not in _NARROW_LIMITS:
         raise PlanishError(f"cast: rounding to dtype {to} is not supported", where=str(node))
     array = x.to(torch.float64 if x.dtype is torch.float64 else torch.float32).numpy()
-    if attribute(node, "saturate") or to == "f4e2m1":
+    if attribute(node, "saturate") or to[1] in "46":
         array = np.clip(array, -_NARROW_LIMITS[to], _NARROW_LIMITS[to])
     with np.errstate(invalid="ignore", over="ignore"):
         return torch.from_numpy(array.astype(numpy_dtype(to)).astype(np.float32))
@@ -255,5 +271,6 @@ register(
             (0, -1),
             "rounding to a narrow dtype is not undone",
         ),
+        repeats=repeats_by_channel,
     )
 )

@@ -18,7 +18,19 @@ from planish.ir.ops.align import (
     scalar_value,
     static_dims,
 )
-from planish.ir.ops.base import Act, Axes, Block, Carry, Link, Param, Port, Relation, Wide, normal_axis
+from planish.ir.ops.base import (
+    Act,
+    Axes,
+    Block,
+    Carry,
+    Link,
+    Param,
+    Port,
+    Relation,
+    Wide,
+    normal_axis,
+    repeats_by_channel,
+)
 from planish.ir.ops.selection import DYNAMIC, moved, relate_positions, take
 from planish.ir.ops.stacks import stacked, widened
 from planish.ir.ops.structural import (
@@ -300,6 +312,7 @@ structural_row(
         tuple(Act), (0, -1), "the vocabulary axis would need the ids to follow: a constant of them could"
     ),
     family="indexing",
+    repeats=repeats_by_channel,
 )
 structural_row(
     "tile",

@@ -6,6 +6,7 @@
     scatter_elements   x with x[i, indices[i, j]] = updates[i, j]
     index_add          x with x[indices[i], ..] + source[i, ..]
     topk               the k largest of each row, and where they are
+    nonzero            where a vector is not 0: as many positions as there are
 
 Along their own axis none of them lets a transform pass. Along another axis, whatever treats each position of that
 axis by itself passes if the op does.
@@ -217,6 +218,25 @@ def _relate_topk(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     return Carry(tuple(Link(other, axes) for other in ports if other != port), (), act is Act.SCALE)
 
 
+# -- nonzero --------------------------------------------------------------------------------------
+
+
+def _infer_nonzero(node: Node) -> Sequence[Type]:
+    shape = operand_shape(node)
+    if shape is not None and len(shape) != 1:
+        raise InvalidModelError(f"nonzero: a tensor of rank {len(shape)}; expected a vector", where=str(node))
+    return (TensorType("i64", (None,)),)
+
+
+def _evaluate_nonzero(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
+    (x,) = operands
+    return (torch.nonzero(x).reshape(-1),)
+
+
+def _relate_nonzero(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
+    return Block("it says where a vector is not 0, and of what size the result is")
+
+
 _X, _INDICES = Param("x"), Param("indices")
 structural_row(
     "cumsum",
@@ -281,4 +301,14 @@ structural_row(
     "the `k` largest (or smallest) of each row along `axis`, and their positions",
     {"k": 1, "axis": -1, "largest": True, "sorted": True},
     family="lookup",
+)
+structural_row(
+    "nonzero",
+    (_X,),
+    _infer_nonzero,
+    _evaluate_nonzero,
+    _relate_nonzero,
+    "the positions at which the vector x is not 0, ascending: as many as there are",
+    family="lookup",
+    conservative={"scale": "no factor but 0 moves a position; nothing needs it yet"},
 )

@@ -61,7 +61,9 @@ _SLOW = frozenset({"DeformConv", "GridSample", "Resize", "RoiAlign", "Upsample"}
 
 # numpy, and so ONNX Runtime's python binding, has no such dtype: passed as another and cast in the model
 _CARRIED = {
-    **dict.fromkeys(("bf16", "f8e4m3fn", "f8e4m3fnuz", "f8e5m2", "f8e5m2fnuz", "f8e8m0", "f4e2m1"), "f32"),
+    **dict.fromkeys(
+        ("bf16", "f8e4m3fn", "f8e4m3fnuz", "f8e5m2", "f8e5m2fnuz", "f8e8m0", "f4e2m1", "f6e2m3", "f6e3m2"), "f32"
+    ),
     **dict.fromkeys(("u2", "u4"), "u8"),
     **dict.fromkeys(("i2", "i4"), "i8"),
 }

@@ -21,7 +21,19 @@ from planish.ir.ops.align import (
     static_dims,
     swapped,
 )
-from planish.ir.ops.base import Act, Axes, Block, Carry, Link, Param, Port, Relation, Wide, normal_axis
+from planish.ir.ops.base import (
+    Act,
+    Axes,
+    Block,
+    Carry,
+    Link,
+    Param,
+    Port,
+    Relation,
+    Wide,
+    normal_axis,
+    repeats_by_channel,
+)
 from planish.ir.ops.stacks import widened
 from planish.ir.ops.structural import (
     NOT_DATA,
@@ -302,6 +314,7 @@ structural_row(
     "the operands one after the other along `axis`",
     {"axis": 0},
     family="selection",
+    repeats=repeats_by_channel,
 )
 structural_row(
     "split",

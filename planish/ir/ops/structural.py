@@ -34,6 +34,7 @@ from planish.ir.ops.base import (
     Relation,
     Wide,
     normal_axis,
+    repeats_by_channel,
 )
 from planish.ir.ops.regroup import DYNAMIC, UNIT, Group, carry_axes, find_groups
 from planish.ir.shapes import (
@@ -417,6 +418,7 @@ structural_row(
     _relate_transpose,
     "axis i of y is axis perm[i] of x; reversed if perm is absent",
     {"perm": None},
+    repeats=repeats_by_channel,
 )
 structural_row(
     "unsqueeze",
