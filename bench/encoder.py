@@ -333,7 +333,7 @@ def ablation(label: str, work: Path) -> str:
     path = work / f"{name}.yaml"
     path.write_text(
         f"name: {name}\nsummary: what the passes contribute\n"
-        f"pipeline: {','.join(['raise', *passes, 'quantize{activations=dynamic}'])}\n"
+        f"pipeline: {','.join(['raise', *passes, 'quantize{activations=uint8:tensor}'])}\n"
         f"needs: {{calibration: {str(bool(passes)).lower()}}}\ntarget: ort\n"
     )
     return str(path)

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from encoder_blocks import BLOCKS, data, linear, pre_norm, record, statistics
-from helpers import check_text, relative_error
+from helpers import ACTIVATIONS, check_text, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from patterns import Build, golden
@@ -19,17 +19,23 @@ from planish.calibrate.collect import collect
 from planish.codegen.onnx import to_model
 from planish.ir.errors import PlanishError
 from planish.ir.evaluator import evaluate
+from planish.ir.formats import Format
 from planish.ir.graph import Graph, Node
-from planish.ir.stats import Stats
+from planish.ir.qnodes import weight_of
+from planish.ir.rounding import quantize_array
+from planish.ir.stats import ChannelStats, Stats
 from planish.ir.verifier import verify
 from planish.passes.base import PassReport
 from planish.passes.manager import Pipeline
-from planish.passes.solvers import choose_static_range, choose_weight_scale, sqnr
+from planish.passes.solvers import StaticRange, choose_static_range, sqnr, static_grid
 
 seeds = st.integers(0, 10_000)
+RULES: tuple[StaticRange, StaticRange] = ("min-max", "mse")
 
 
-def run(graph: Graph, options: str = "", stats: Stats | None = None) -> tuple[Graph, PassReport]:
+def run(
+    graph: Graph, options: str = "activations=uint8:tensor", stats: Stats | None = None
+) -> tuple[Graph, PassReport]:
     after, report = Pipeline(f"quantize{{{options}}}" if options else "quantize").run(graph, stats=stats)
     verify(after)
     check_text(after)
@@ -44,6 +50,10 @@ def held(graph: Graph, name: str) -> np.ndarray:
     constant = graph.values[name].constant
     assert constant is not None
     return constant.array()
+
+
+def choose_weight_scale(w: np.ndarray, clip: str) -> np.ndarray:
+    return quantize_array(w, Format.parse("int8:channel"), clip).scale  # type: ignore[arg-type]
 
 
 def ort(graph: Graph, inputs: dict[str, np.ndarray], *, optimise: bool, target: str = "onnx") -> dict[str, np.ndarray]:
@@ -72,10 +82,10 @@ def test_weight_scales_and_codes(seed: int) -> None:
     rng = np.random.default_rng(seed)
     w = rng.normal(size=(5, 7)) * rng.lognormal(0, 3, (5, 1))
     scale = choose_weight_scale(w, "max")
-    assert np.allclose(scale, np.abs(w).max(1) / 127, rtol=1e-12)
+    assert np.allclose(scale, np.abs(w).max(1) / 127, rtol=1e-7)
     codes = np.round(w / scale[:, None])
     assert np.abs(codes).max() == 127
-    assert (np.abs(codes * scale[:, None] - w) <= scale[:, None] / 2 * (1 + 1e-9)).all()
+    assert (np.abs(codes * scale[:, None] - w) <= scale[:, None] / 2 * (1 + 1e-5)).all()
 
 
 @given(seeds)
@@ -88,7 +98,7 @@ def test_clipping_for_the_least_squares_is_never_worse(seed: int) -> None:
         return ((codes * scale[:, None] - w) ** 2).sum(1)
 
     best, plain = choose_weight_scale(w, "mse"), choose_weight_scale(w, "max")
-    assert (squares(best) <= squares(plain)).all()
+    assert (squares(best) <= squares(plain) * (1 + 1e-9)).all()
     assert (best <= plain).all()
 
 
@@ -115,7 +125,7 @@ def test_codes_of_a_linear(transposed: bool) -> None:
     codes, scale = held(after, "w.codes"), held(after, "w.scale")
     assert codes.dtype == np.int8
     assert scale.dtype == np.float32
-    expected = np.where(np.abs(w).max(1) > 0, np.abs(w).max(1), 1.0) / 127
+    expected = np.where(np.abs(w).max(1) > 0, np.abs(w).max(1) / 127, 1.0)
     assert np.allclose(scale, expected, rtol=1e-6)
     codes = codes.T if transposed else codes
     assert np.array_equal(codes, np.round(w.astype(np.float64) / scale.astype(np.float64)[:, None]))
@@ -155,10 +165,18 @@ def test_golden(update_golden: bool) -> None:
 # -- static ranges -------------------------------------------------------------------------------
 
 
+def static_codes(known: ChannelStats, rule: StaticRange, percentile: float = 99.99) -> tuple[float, int]:
+    """Scale and zero point of uint8."""
+    form = Format.parse("uint8:tensor:static")
+    grid = static_grid(*choose_static_range(known, form, rule, percentile), form)
+    assert grid.zero is not None
+    return float(grid.scale), int(grid.zero)
+
+
 @given(seeds, st.floats(-50, 50))
 def test_the_static_range_holds_all_and_zero(seed: int, offset: float) -> None:
     x = np.random.default_rng(seed).normal(size=(64, 3)) + offset
-    scale, zero = choose_static_range(record(x), "min-max", 100.0)
+    scale, zero = static_codes(record(x), "min-max")
     assert 0 <= zero <= 255
     low, high = min(x.min(), 0.0), max(x.max(), 0.0)
     assert scale == pytest.approx((high - low) / 255, rel=1e-5)
@@ -176,17 +194,17 @@ def test_static_clipping(seed: int) -> None:
     """mse is no worse than min-max on the samples; a percentile leaves out the tail."""
     rng = np.random.default_rng(seed)
     x = rng.standard_t(3, size=(400, 4)).astype(np.float32)
-    whole, best = (choose_static_range(record(x), rule, 99.99) for rule in ("min-max", "mse"))
+    whole, best = (static_codes(record(x), rule) for rule in RULES)
     assert squares(x, *best) <= squares(x, *whole)
     assert best[0] <= whole[0]
-    narrow = choose_static_range(record(x), "percentile", 90.0)
+    narrow = static_codes(record(x), "percentile", 90.0)
     low, high = np.percentile(x, [5.0, 95.0])
     assert narrow[0] == pytest.approx((high - low) / 255, rel=1e-4)
 
 
 @pytest.mark.parametrize("rule", ["min-max", "percentile", "mse"])
 def test_a_static_range_of_nothing(rule: str) -> None:
-    assert choose_static_range(record(np.zeros((4, 2))), rule, 99.99) == (1.0, 0)  # type: ignore[arg-type]
+    assert static_codes(record(np.zeros((4, 2))), rule) == (1.0, 0)  # type: ignore[arg-type]
 
 
 def test_sqnr() -> None:
@@ -203,7 +221,7 @@ def test_sqnr() -> None:
 def test_shared_activations_are_quantised_once(activations: str) -> None:
     graph = pre_norm()
     stats = statistics(graph)
-    after, report = run(graph, f"activations={activations}", stats)
+    after, report = run(graph, f"activations={ACTIVATIONS[activations]}", stats)
     assert len(report.applied) == len(nodes(graph, "linear"))
     read = {n.operands[0].name for n in nodes(graph, "linear")}
     op = "quantize" if activations == "static" else "dynamic_quantize"
@@ -234,7 +252,7 @@ def test_onnx_runtime_computes_the_same(kind: str, activations: str, optimise: b
     """
     graph = BLOCKS[kind]()
     stats = None if activations == "token" else statistics(graph)
-    after, _ = run(graph, f"activations={activations.replace('floors', 'token')}", stats)
+    after, _ = run(graph, f"activations={ACTIVATIONS[activations]}", stats)
     inputs = data(samples=1)[0]  # of the calibration data: what lies outside of its range is clipped
     expected = evaluate(after, inputs)
     exact = evaluate(graph, inputs, torch.float64)
@@ -253,7 +271,7 @@ def test_the_evaluator_against_numpy(activations: str) -> None:
     graph = b.output(b("linear", x, b.constant(w, name="w"), b.constant(bias)))
     rows = b.rng.normal(size=(5, 6)) * b.rng.lognormal(0, 1, (5, 1)) - 0.5
     stats = Stats({"x": record(rows)}) if activations == "static" else None
-    after, _ = run(graph, f"activations={activations}", stats)
+    after, _ = run(graph, f"activations={ACTIVATIONS[activations]}", stats)
     got = evaluate(after, {"x": torch.from_numpy(rows)}, torch.float64)["linear"].numpy()
 
     if activations == "token":
@@ -276,7 +294,7 @@ def test_rows_that_hardly_fall_below_zero(low: float) -> None:
     x = b.input("x", "f32[n, 8]")
     graph = b.output(linear(b, x, 4, "a"))
     rows = np.maximum(b.rng.normal(size=(40, 8)) * b.rng.lognormal(0, 1, (40, 1)), low).astype(np.float32)
-    after, _ = run(graph, "activations=token", Stats({"x": record(rows / 3)}))
+    after, _ = run(graph, "activations=int8:token", Stats({"x": record(rows / 3)}))
     got = evaluate(after, {"x": rows}, torch.float64, keep=["x.dequantized"])["x.dequantized"].numpy()
     inside = rows >= rows.min() / 3 - 1e-6
     step = rows.max(1, keepdims=True) / 255
@@ -311,10 +329,32 @@ def test_an_embedding_table() -> None:
 def test_tables_that_stay() -> None:
     assert len(run(embedded(255), "activations=none")[1].applied) == 1  # too small to be worth it
     assert len(run(embedded(255), "activations=none min-rows=10")[1].applied) == 2
-    assert len(run(embedded(), "activations=none embeddings=false")[1].applied) == 1
-    after, report = run(embedded(tied=True), "activations=none")
-    assert dict(report.declined) == {"its table has other readers (a tied head)": ["embedding %embedding"]}
-    assert len(report.applied) == 1
+    assert len(run(embedded(), "activations=none embeddings=none")[1].applied) == 1
+
+
+def test_a_tied_table_is_quantised_once() -> None:
+    """In the format of `embeddings`; the head reads the same codes."""
+    graph = embedded(tied=True)
+    after, report = run(graph, "weights=int8:channel embeddings=int4:g4")
+    assert len(report.applied) == 2 and not report.declined
+    assert list(report.figures["weights"]) == ["table"]
+    codes = after.values["table.codes"]
+    assert codes.dtype == "i4"
+    assert sorted(n.op.name for n in codes.users) == ["dequantize", "embedding"]
+    weight = weight_of(nodes(after, "linear")[0])
+    assert weight is not None
+    ids = np.arange(12).reshape(2, 6)
+    rows = evaluate(after, {"ids": torch.from_numpy(ids)}, torch.float64, keep=["table.rows"])["table.rows"]
+    assert np.allclose(rows.numpy(), weight.dequantize()[ids], rtol=1e-12)
+
+
+@pytest.mark.parametrize("options", ["skip=[linear]", "weights=none", "activations=uint8:tensor:static"])
+def test_a_tied_table_stays_where_the_head_does(options: str) -> None:
+    graph = embedded(tied=True)
+    after, report = run(
+        graph, f"weights=int8:channel {options}".replace("weights=int8:channel weights", "weights"), Stats()
+    )
+    assert report.declined["its table has other readers (a tied head)"] == ["embedding %embedding"]
     assert nodes(after, "embedding")[0].operands[0] is after.values["table"]
 
 
@@ -336,7 +376,7 @@ def test_static_convolutions(groups: int) -> None:
     rng = np.random.default_rng(0)
     batches = [{"x": rng.normal(size=(2, 4, 8, 8)).astype(np.float32)} for _ in range(3)]
     stats = collect(graph, batches)
-    after, report = run(graph, "activations=static", stats)
+    after, report = run(graph, "activations=uint8:tensor:static", stats)
     assert len(report.applied) == 2
     expected, exact = evaluate(after, batches[0]), evaluate(graph, batches[0])
     assert 0 < relative_error(expected["conv_1"], exact["conv_1"]) < 0.05
@@ -347,7 +387,7 @@ def test_static_convolutions(groups: int) -> None:
 @pytest.mark.parametrize("activations", ["dynamic", "token"])
 def test_convolutions_at_run_time(activations: str) -> None:
     before = convolved()
-    after, report = run(before, f"activations={activations}")
+    after, report = run(before, f"activations={ACTIVATIONS[activations]}")
     assert after == before
     reason = "no target multiplies run-time quantised convolutions faster than float"
     assert {k: len(v) for k, v in report.declined.items()} == {reason: 2}
@@ -376,9 +416,9 @@ def test_weights_that_are_not_finite(bad: float) -> None:
 
 def test_static_needs_statistics() -> None:
     with pytest.raises(PlanishError) as caught:
-        run(pre_norm(), "activations=static")
+        run(pre_norm(), "activations=uint8:tensor:static")
     assert caught.value.what == "pass 'quantize': needs calibration statistics"
-    after, report = run(pre_norm(), "activations=static", Stats())
+    after, report = run(pre_norm(), "activations=uint8:tensor:static", Stats())
     assert after == pre_norm()
     assert list(report.declined) == ["no statistics of what it reads"]
     assert not report.applied
@@ -482,7 +522,7 @@ def test_bias_correction_removes_the_mean_error(activations: str, bias: bool) ->
     exact = evaluate(graph, {"x": rows}, torch.float64)["linear"]
     means = []
     for correct in ("false", "true"):
-        after, _ = run(graph, f"activations={activations} bias-correction={correct}", stats)
+        after, _ = run(graph, f"activations={ACTIVATIONS[activations]} bias-correction={correct}", stats)
         got = evaluate(after, {"x": rows}, torch.float64)["linear"]
         means.append(float((got - exact).mean(0).abs().max()))
     assert means[1] < means[0] / 5
@@ -495,7 +535,7 @@ def test_bias_correction_sees_rows_with_a_floor() -> None:
     rows = np.abs(b.rng.normal(size=(200, 16))).astype(np.float32) - 0.05
     stats = collect(graph, [{"x": rows}], rows=200)
     exact = evaluate(graph, {"x": torch.from_numpy(rows)}, torch.float64)
-    after, report = run(graph, "activations=token bias-correction=true", stats)
+    after, report = run(graph, "activations=int8:token bias-correction=true", stats)
     assert any("floor" in n.attributes for n in after.nodes)
     got = evaluate(after, {"x": torch.from_numpy(rows)}, torch.float64)
     for name, tensor in exact.items():
