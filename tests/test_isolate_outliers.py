@@ -87,9 +87,9 @@ def test_second_run_finds_nothing_left() -> None:
 def test_statistics_follow() -> None:
     graph = mlp()
     stats = stats_of(graph)
-    _, report = Pipeline("isolate-outliers{count=2},scale-channels{insert=true},quantize{activations=static}").run(
-        graph, stats=stats
-    )
+    _, report = Pipeline(
+        "isolate-outliers{count=2},scale-channels{insert=true},quantize{activations=uint8:tensor:static}"
+    ).run(graph, stats=stats)
     assert len(report["quantize"].applied) == 4
     assert not report["quantize"].declined
 
@@ -125,7 +125,7 @@ def test_quantised_error_falls() -> None:
     inputs = random_inputs(graph, 9)
     exact = evaluate(graph, inputs, torch.float64)["y"]
     errors = {}
-    for text in ("quantize", "isolate-outliers{count=2},quantize"):
+    for text in ("quantize{activations=uint8:tensor}", "isolate-outliers{count=2},quantize{activations=uint8:tensor}"):
         after, _ = Pipeline(text).run(graph, stats=stats_of(graph))
         errors[text] = float((evaluate(after, inputs)["y"] - exact).norm())
     plain, split = errors.values()

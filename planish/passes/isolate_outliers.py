@@ -18,14 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planish.ir.constant import Constant
-from planish.ir.graph import Graph, Node, Value
-from planish.ir.ops.base import Act, Carry
+from planish.ir.graph import Graph, Node
 from planish.ir.rewriter import Declined, Rewriter
-from planish.ir.stats import ChannelStats, Stats
+from planish.ir.stats import Stats
 from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.channel_parts import chain_before, check_chain, divide
 from planish.passes.options import Range, option
-from planish.passes.sites import reads_by_weight
 
 
 def choose_outliers(largest: np.ndarray, count: int, ratio: float) -> np.ndarray:
@@ -54,90 +52,27 @@ class IsolateOutliers(Pass):
         with Rewriter(graph) as rewriter:
             for node in list(graph.nodes):
                 try:
-                    line = self._site(node, rewriter, context.stats)
+                    line, inserted = self._site(node, rewriter, context.stats)
                 except Declined as refusal:
                     report.decline(str(refusal), refusal.node if refusal.node is not None else node)
                     continue
                 if line:
                     report.applied.append(line)
-                    report.inserted += 4
+                    report.inserted += inserted
         return report
 
-    def _site(self, reader: Node, rewriter: Rewriter, stats: Stats) -> str:
-        x = reader.operands[0] if reader.op.name == "linear" else None
-        if x is None or x.producer is None or not reads_by_weight(reader, x):
-            return ""
-        act = x.producer
-        before = act.operands[0] if len(act.operands) == 1 else None
-        writer = before.producer if before is not None else None
-        if (
-            before is None
-            or writer is None
-            or writer.op.name != "linear"
-            or x.rank is None
-            or not _acts_alone(act, x.rank)
-        ):
-            return ""
-        if x.name not in stats:
+    def _site(self, reader: Node, rewriter: Rewriter, stats: Stats) -> tuple[str, int]:
+        chain = chain_before(reader)
+        if chain is None:
+            return "", 0
+        if chain.read.name not in stats:
             raise Declined("no statistics of what it reads", reader)
-        record = stats.of(x.name)
-        chosen = choose_outliers(record.largest, self.count, self.ratio)
+        largest = stats.of(chain.read.name).largest
+        chosen = choose_outliers(largest, self.count, self.ratio)
         if not len(chosen):
             raise Declined("its channels are of like size", reader)
-        if [*x.users, *before.users] != [reader, act] or any(v in (x, before) for v in rewriter.graph.output_values()):
-            raise Declined("others read what would be split", act)
-        weights = [writer.operand(1), writer.operand(2), reader.operand(1)]
-        if any(w is not None and (not w.is_constant or len(w.users) > 1) for w in weights):
-            raise Declined("a weight is shared or computed", writer)
-        rest = np.setdiff1d(np.arange(len(record.largest)), chosen)
-        parts = [
-            self._part(index, label, writer, act, reader, rewriter, stats)
-            for index, label in ((chosen, "outliers"), (rest, "rest"))
-        ]
-        total = rewriter.insert("add", [parts[1], parts[0]], before=reader, source=reader.source)
-        rewriter.replace_node(reader, total.result)
-        largest = float(record.largest[rest].max())
-        return f"{place(total)}: {len(chosen)} channels, range {float(record.largest.max()):.3g} -> {largest:.3g}"
-
-    def _part(
-        self, index: np.ndarray, label: str, writer: Node, act: Node, reader: Node, rewriter: Rewriter, stats: Stats
-    ) -> Value:
-        """The chain of one part, before `reader`; only the rest keeps the bias behind it."""
-
-        def taken(node: Node, port: int, axis: int) -> Value | None:
-            value = node.operand(port)
-            if value is None or value.constant is None:
-                return None
-            held = value.constant
-            data = np.take(held.wide(), index, axis)
-            return rewriter.constant(Constant(data, held.dtype, data.shape), f"{value.name}.{label}")
-
-        def linear(x: Value, weight: Value | None, bias: Value | None, like: Node) -> Value:
-            name = f"{like.result.name}.{label}"
-            return rewriter.insert(
-                "linear", [x, weight, bias], like.attributes, before=reader, names=[name], source=like.source
-            ).result
-
-        flipped = [bool(n.attributes.get("transposed", False)) for n in (writer, reader)]
-        assert writer.operands[0] is not None
-        made = linear(writer.operands[0], taken(writer, 1, 1 if flipped[0] else 0), taken(writer, 2, 0), writer)
-        name = f"{act.result.name}.{label}"
-        made = rewriter.insert(act.op, [made], act.attributes, before=reader, names=[name], source=act.source).result
-        record = stats.of(act.result.name)
-        stats.channels[made.name] = ChannelStats(
-            record.axis, record.minimum[index], record.maximum[index],
-            record.mean_square[index], record.samples[:, index], record.count,
-        )  # fmt: skip
-        bias = reader.operand(2) if label == "rest" else None
-        return linear(made, taken(reader, 1, 0 if flipped[1] else 1), bias, reader)
-
-
-def _acts_alone(node: Node, rank: int) -> bool:
-    """True if every channel of the result depends on the same channel of the operand alone."""
-    if len(node.results) != 1 or node.result.rank != rank:
-        return False
-    relation = node.op.relate(node, Act.PERMUTE, 0, (rank - 1,))
-    if not isinstance(relation, Carry) or relation.block_axes or len(relation.links) != 1:
-        return False
-    link = relation.links[0]
-    return node.op.family == "elementwise" and link.port == -1 and link.axes == (rank - 1,) and link.pairs is None
+        check_chain(chain, rewriter.graph)
+        rest = np.setdiff1d(np.arange(len(largest)), chosen)
+        total, inserted = divide(chain, [("outliers", chosen), ("rest", rest)], rewriter, stats)
+        line = f"{len(chosen)} channels, range {float(largest.max()):.3g} -> {float(largest[rest].max()):.3g}"
+        return f"{place(total)}: {line}", inserted
