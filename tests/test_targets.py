@@ -12,6 +12,7 @@ import pytest
 from block_models import WIDTH as BLOCK_WIDTH
 from block_models import block
 from encoder_blocks import WIDTH, data, heads, linear, merged, pre_norm, statistics
+from helpers import ACTIVATIONS
 from onnx import TensorProto, helper, numpy_helper
 from patterns import Build
 
@@ -26,7 +27,7 @@ from planish.ir.graph import Graph
 from planish.ir.types import TensorType
 from planish.passes.manager import Pipeline
 
-ORT = "quantize,lower{target=ort}"
+ORT = "quantize{activations=uint8:tensor},lower{target=ort}"
 
 
 def op_types(model: onnx.ModelProto) -> Counter[str]:
@@ -90,7 +91,7 @@ def test_old_models_are_quantised(version: int, activations: str) -> None:
     graph, _ = Pipeline("raise").run(from_onnx(model))
     stats = planish.collect(graph, [{"x": x}])
     for target in ("onnx", "ort"):
-        pipeline = f"quantize{{activations={activations}}},lower{{target={target}}}"
+        pipeline = f"quantize{{activations={ACTIVATIONS[activations]}}},lower{{target={target}}}"
         made = to_model(Pipeline(pipeline).run(graph, stats=stats)[0], target=target)
         if target == "onnx":
             onnx.checker.check_model(made, full_check=True)
@@ -100,7 +101,7 @@ def test_old_models_are_quantised(version: int, activations: str) -> None:
 
 
 def test_scales_per_channel_are_refused_below_13() -> None:
-    graph, _ = Pipeline("quantize").run(pre_norm())
+    graph, _ = Pipeline("quantize{activations=uint8:tensor}").run(pre_norm())
     with pytest.raises(PlanishError, match="op 'dequantize': a scale per channel is not possible in ONNX opset 12"):
         to_model(graph, opset=12)
 
@@ -133,7 +134,7 @@ def test_lowering_keeps_to_the_opset(version: int) -> None:
     graph = pre_norm()
     feeds = data()[0]
     expected = session(to_model(graph)).run(None, feeds)[0]
-    lowered, report = Pipeline(f"quantize,lower{{target=ort opset={version}}}").run(graph)
+    lowered, report = Pipeline(f"quantize{{activations=uint8:tensor}},lower{{target=ort opset={version}}}").run(graph)
     model = to_model(lowered, target="ort", opset=version)
     assert opset(model) == version
     assert op_types(model)["Attention"] == (version >= 23)

@@ -1,0 +1,84 @@
+"""Lowering to standard ONNX: a form in which onnxruntime's optimiser keeps the numbers.
+
+At its default level onnxruntime turns DequantizeLinear (of 2, 4 or 8 bits) + MatMul into MatMulNBits with activations
+that it rounds to int8: relative errors of 5e-3. It looks for the two side by side. So the codes of such a weight are
+stored with a leading axis of 1, K-major, and a Squeeze stands between:
+
+    y = x Squeeze(DequantizeLinear(codes [1, K, N], scale [1, K / block, N]))
+
+Weights of 8 bits with one scale for each output, read with an activation that is quantised with one scale, keep the
+plain pair: there the optimiser makes an integer product of the same numbers.
+
+Tables are gathered as bytes and unpacked (`planish.codegen.tables`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from planish.codegen.ort_linears import source_of
+from planish.codegen.tables import gathered
+from planish.ir.graph import Graph, Node
+from planish.ir.qnodes import insert_dequantize, weight_of
+from planish.ir.qtensor import QTensor
+from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.types import bits, is_float
+from planish.passes.base import PassReport, place
+
+PRODUCTS = ("linear", "gemm", "matmul")
+
+
+def lower(graph: Graph, report: PassReport) -> None:
+    """Rewrite in place; what is left as it was is written by the emission in standard operators too."""
+    with Rewriter(graph) as rewriter:
+        for node in list(graph.nodes):
+            if node.graph is None or node.op.name not in (*PRODUCTS, "embedding", "dequantize"):
+                continue
+            try:
+                done = set_apart(node, rewriter) if node.op.name in PRODUCTS else gathered(node, rewriter)
+            except Declined as refusal:
+                report.decline(str(refusal), node)
+                continue
+            if done:
+                report.applied.append(place(node))
+
+
+def integer_pair(node: Node, q: QTensor) -> bool:
+    """True for 8 bits on both sides, one scale for each output and one for the activation."""
+    back = source_of(node.operands[0])
+    if back is None or back.op.name != "dequantize" or back.operands[1] is None:
+        return False
+    codes = back.operands[0]
+    plain = q.block is None and q.axis in (0, None) and q.zero is None and q.clusters is None
+    whole = back.operands[1].rank == 0 and codes is not None and codes.dtype in ("u8", "i8")
+    return plain and whole and bits(q.element) == 8 and not is_float(q.element)
+
+
+def apart(q: QTensor) -> QTensor:
+    """A matrix [N, K] as [1, K, N]."""
+    turned = q.transposed()
+    zero = turned.zero if turned.zero is None or q.block is None else turned.zero[None]
+    return dataclasses.replace(
+        turned,
+        codes=turned.codes[None],
+        axis=None if turned.axis is None else turned.axis + 1,
+        scale=turned.scale if q.block is None else turned.scale[None],
+        zero=zero,
+    )
+
+
+def set_apart(node: Node, rewriter: Rewriter) -> bool:
+    """Put a Squeeze between a product and its dequantised weight; False if there is none, or it may stay."""
+    q, weight = weight_of(node), node.operands[1]
+    if q is None or weight is None or is_float(q.element) or q.clusters is not None or integer_pair(node, q):
+        return False
+    if q.group_index is not None or q.codes.ndim != 2:
+        return False
+    name = weight.name.removesuffix(".dequantized")
+    made = insert_dequantize(rewriter, apart(q), name, before=node, source=node.source, dtype=str(weight.dtype))
+    matrix = rewriter.insert("squeeze", [made], {"axes": (0,)}, before=node, source=node.source).result
+    rewriter.set_operand(node, 1, matrix)
+    if node.op.name != "matmul":
+        turned = {"transposed": True} if node.op.name == "linear" else {"trans_b": False}
+        rewriter.set_attributes(node, {**node.attributes, **turned})
+    return True
