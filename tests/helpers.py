@@ -11,7 +11,16 @@ from planish.ir.graph import Graph
 from planish.ir.probe import relative_error
 from planish.ir.text import difference, parse, render
 
-__all__ = ["check_text", "random_inputs", "relative_error"]
+__all__ = ["ACTIVATIONS", "check_text", "random_inputs", "relative_error"]
+
+# the 8-bit forms of activations by how their range is taken; `floors`: per row, with what statistics tell of the sign
+ACTIVATIONS = {
+    "dynamic": "uint8:tensor",
+    "token": "int8:token",
+    "floors": "int8:token",
+    "static": "uint8:tensor:static",
+    "none": "none",
+}
 
 
 def check_text(graph: Graph) -> None:

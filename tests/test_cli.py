@@ -33,7 +33,7 @@ from planish.passes.manager import Instrument
 RECIPE = """\
 name: test
 summary: scale and quantise
-pipeline: raise,scale-channels{method=smoothquant},quantize{activations=static},lower
+pipeline: raise,scale-channels{method=smoothquant},quantize{activations=uint8:tensor:static},lower
 needs: {calibration: true}
 """
 
@@ -184,7 +184,7 @@ def test_opt_and_bad_pipelines(run: Run, model: Path, pipeline: str, message: st
 
 
 def test_opt_writes_for_the_target_of_its_lowering(run: Run, model: Path, tmp_path: Path) -> None:
-    start = ("opt", model, "-p", "raise,quantize,lower{target=ort}", "-o", tmp_path / "q.onnx")
+    start = ("opt", model, "-p", "raise,quantize{activations=uint8:tensor},lower{target=ort}", "-o", tmp_path / "q.onnx")
     assert run(*start, "--quiet") == (0, "", "")
     (tmp_path / "q.onnx").unlink()
     code, _, error = run(*start, "--target", "onnx")
@@ -288,8 +288,15 @@ def test_passes_and_recipes(run: Run) -> None:
     assert listed == {*REGISTRY, *GROUPS}
     code, printed, _ = run("recipes", "--json")
     assert code == 0
-    assert isinstance(json.loads(printed), list)
-    assert run("recipes")[0] == 0
+    found = {entry["name"]: entry for entry in json.loads(printed)}
+    assert list(found) == sorted(found)
+    assert found["os-plus"]["needs"] == {"calibration": True, "targets": ["onnx", "ort"]}
+    assert found["os-plus"]["source"] == "arXiv 2304.09145"
+    code, printed, _ = run("recipes")
+    assert code == 0
+    assert re.search(r"^os-plus  \[onnx, ort\]  \(needs calibration\)\n    int8 weights", printed, re.MULTILINE)
+    assert "\n    source: arXiv 2304.09145\n" in printed
+    assert re.search(r"^quarot  \[.*\]( |$)", printed, re.MULTILINE)
 
 
 def test_version_and_help(run: Run) -> None:

@@ -30,7 +30,7 @@ from planish.passes.pipeline import REGISTRY, pass_class
 from planish.report import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 REAL = "minilm"
 COLUMNS = "130"  # of the tables in the pages
 
@@ -237,9 +237,9 @@ A recipe is a named pipeline in a YAML file. `planish optimize MODEL -o OUT --re
 # mine.yaml
 name: mine
 summary: scale by SmoothQuant, then int8 with ranges taken at run time
-pipeline: raise,scale-channels{method=smoothquant alpha=0.6},quantize
+pipeline: raise,scale-channels{method=smoothquant alpha=0.6},quantize{activations=uint8:tensor}
 target: ort
-needs: {calibration: true}
+needs: {calibration: true, targets: [onnx, ort]}
 ```
 
 ```console
@@ -248,8 +248,15 @@ $ planish optimize model.onnx -o mine.onnx --recipe mine.yaml --calibrate data.n
 ```
 
 `name`, `summary` and `pipeline` are required; `target` is `onnx` (the default) or `ort` (see [targets](targets.md));
-`needs.calibration` says whether calibration data must be given; `source` is a citation. An unknown field, pass or
-option is an error that names the line. The lowering to the target is added at the end.
+`needs.calibration` says whether calibration data must be given, `needs.targets` which targets can express what the
+recipe makes (all of them, if left out); `source` is a citation. An unknown field, pass or option is an error that names
+the line. The lowering to the target is added at the end. `planish recipes` lists what there is, with `--json` as data.
+
+Which method does what, and when to use it: [methods](methods/index.md).
+
+What is printed after a run: the passes, the sites with the worst signal-to-noise ratios with the outliers of what they
+read before and after the exact passes, and the bytes by kind. `--all` prints every site and every place that a pass
+declined, `--report FILE` writes all of it as JSON, `--plots DIR` draws histograms (the extra `plots`).
 
 Calibration data (`--calibrate`) is an .npz with one array per input, a folder of those, a text file with a sample a
 line (with `--tokenizer FOLDER`, the extra `hf`), or statistics saved by `planish opt --stats`. `planish.convert` also
@@ -264,7 +271,9 @@ def render_recipes() -> str:
         needs = "yes" if entry["needs"]["calibration"] else "no"
         lines += [f"## {entry['name']}", "", f"{entry['summary'][0].upper()}{entry['summary'][1:]}.", ""]
         lines += ["```text", ",\n".join(_items(entry["pipeline"])), "```", ""]
-        lines += [f"Target: `{entry['target']}`. Needs calibration data: {needs}. Source: {entry['source']}.", ""]
+        others = [f"`{t}`" for t in entry["needs"]["targets"] if t != entry["target"]]
+        targets = f"Target: `{entry['target']}`" + (f" (or {', '.join(others)})" if others else " only")
+        lines += [f"{targets}. Needs calibration data: {needs}. Source: {entry['source']}.", ""]
     return "\n".join(lines)
 
 
@@ -313,6 +322,15 @@ def test_inspect_a_torch_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"spaces of 32 channels: .*rotate", printed)
 
 
+def test_svdquant_with_lora(capsys: pytest.CaptureFixture[str]) -> None:
+    example("svdquant_with_lora.py")
+    printed = capsys.readouterr().out
+    alone, svdquant = (float(e) for e in re.findall(r"^(?:int4 alone|SVDQuant): relative error (\S+)$", printed, re.M))
+    assert svdquant < alone / 3, printed
+    without, with_it = (float(e) for e in re.findall(r"quantised, with(?:out)? it: +(\S+)$", printed, re.M))
+    assert with_it < without / 2, printed
+
+
 def test_onnx_to_onnx_on_a_model_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example("onnx_to_onnx.py", "model.onnx", "--calibrate", "data.npz", "-o", "q.onnx")
     printed = capsys.readouterr().out
@@ -328,3 +346,29 @@ def test_onnx_to_onnx(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert mean > 0.99
     assert worst > 0.98
     assert out.stat().st_size < 30e6
+
+
+def test_compare_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    example("compare_recipes.py", "--recipes", "w8a8-token", "w8a8-static", "smoothquant")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["recipe", "KB", "bits", "cosine", "error", "worst", "dB", "seconds"]
+    rows = {line.split()[0]: [float(v) for v in line.split()[1:]] for line in lines[1:]}
+    assert list(rows) == ["(float)", "w8a8-token", "w8a8-static", "smoothquant"]
+    size = rows.pop("(float)")[0]
+    for kilobytes, bits, cosine, error, worst, _ in rows.values():
+        assert kilobytes < size / 2
+        assert 8 < bits < 9
+        assert cosine > 0.999
+        assert 0 < error < 0.05
+        assert worst > 30
+
+
+def test_compare_recipes_on_a_model_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = folder / "mine.yaml"
+    mine.write_text("name: mine\nsummary: int8 weights\npipeline: raise,quantize\n")
+    example("compare_recipes.py", "model.onnx", "--calibrate", "data.npz", "--recipes", mine, "w8a8-dynamic")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["mine", "w8a8-dynamic"]
+    np.savez(folder / "one.npz", x=np.load(folder / "data.npz")["x"][:2])
+    with pytest.raises(AssertionError):
+        example("compare_recipes.py", "model.onnx", "--calibrate", "one.npz")
+    assert capsys.readouterr().err == "error: data: one batch; expected two or more, to calibrate on and to compare on\n"

@@ -15,22 +15,22 @@ from patterns import Build
 from planish import cli
 from planish.integrate.convert import run_pipeline
 from planish.ir.graph import Graph
-from planish.ir.ops.base import ACTS, Act
+from planish.ir.ops.base import Act
 from planish.ir.spaces import analyse
 from planish.passes.manager import Pipeline
-from planish.report.freedoms import Freedom, FreedomInstrument, freedoms, summary
+from planish.report.freedoms import FREE, Freedom, FreedomInstrument, freedoms, summary
 from planish.report.inspection import inspect
 
 
 def by_act(found: tuple[Freedom, ...]) -> dict[str, Freedom]:
-    assert [f.act for f in found] == [act.value for act in ACTS]
+    assert [f.act for f in found] == [act.value for act in FREE]
     return {f.act: f for f in found}
 
 
 @pytest.mark.parametrize("graph", [pre_norm(), rotary()], ids=["pre-norm", "rotary"])
 def test_without_passes_everything_is_left(graph: Graph) -> None:
     found = by_act(freedoms(graph))
-    for act in ACTS:
+    for act in FREE:
         free = [s for s in analyse(graph).admitted(act) if s.size > 1 and (s.constants or s.folds)]
         left = found[act.value]
         assert (left.free, left.unused, left.channels) == (len(free), len(free), sum(s.size for s in free))
@@ -86,7 +86,7 @@ def test_before_rounding() -> None:
     """Quantised weights hide spaces: counted is what was there before."""
     graph = pre_norm()
     stats = statistics(graph)
-    result, report, _ = run_pipeline(graph, Pipeline("scale-channels,quantize{activations=static}"), calibration=stats)
+    result, report, _ = run_pipeline(graph, Pipeline("scale-channels,quantize{activations=uint8:tensor:static}"), calibration=stats)
     looked = {f["act"]: f["free"] for f in report.freedoms}
     assert looked["scale"] == by_act(freedoms(graph))["scale"].free
     assert by_act(freedoms(result))["scale"].free < looked["scale"]
@@ -138,7 +138,7 @@ def test_optimize(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "name: test\nsummary: scale and quantise\n"
-        "pipeline: raise,scale-channels{method=smoothquant},quantize{activations=static},lower\n"
+        "pipeline: raise,scale-channels{method=smoothquant},quantize{activations=uint8:tensor:static},lower\n"
         "needs: {calibration: true}\n"
     )
     out = run(capsys, "optimize", model, "-o", tmp_path / "out.onnx", "--recipe", recipe, "--calibrate", data)

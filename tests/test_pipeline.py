@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from planish.ir.errors import PlanishError
@@ -22,6 +22,14 @@ from planish.passes.pipeline import GROUPS, REGISTRY, make_pass, parse_pipeline,
 from planish.passes.quantize import Quantize
 from planish.passes.scale_channels import ScaleChannels
 from planish.passes.shift_channels import ShiftChannels
+
+# options that are text with a grammar of their own
+GRAMMARS = {
+    "weights": ("int8:channel", "uint4:g32", "int4:g64:half:bf16", "nvfp4", "mxfp4:even", "e4m3:tensor"),
+    "activations": ("none", "int8:token", "uint8:tensor:static", "int4:g64", "mxfp8"),
+    "embeddings": ("none", "int4:g32"),
+    "scope": ("tensor", "row", "g64"),
+}
 
 
 def values(hint: Any, given: Range | None = None) -> st.SearchStrategy[Any]:
@@ -57,9 +65,14 @@ def passes(draw: st.DrawFn) -> Pass:
     cls = pass_class(draw(st.sampled_from(sorted(REGISTRY))))
     hints = typing.get_type_hints(cls)
     drawn = {f.name: draw(values(hints[f.name], f.metadata.get(RANGE))) for f in dataclasses.fields(cls)}
-    if "skip" in drawn:  # regular expressions, checked when the pass is made
-        drawn["skip"] = tuple(map(re.escape, drawn["skip"]))
-    return cls(**drawn)
+    for name in {"skip", "only"} & set(drawn):  # regular expressions, checked when the pass is made
+        drawn[name] = tuple(map(re.escape, drawn[name]))
+    for name in (n for n in GRAMMARS if hints.get(n) is str):
+        drawn[name] = draw(st.sampled_from(GRAMMARS[name]))
+    try:
+        return cls(**drawn)
+    except PlanishError:  # options that exclude each other
+        reject()
 
 
 @given(st.lists(passes(), min_size=1, max_size=4))
@@ -156,7 +169,7 @@ TEXTS = [
     "raise-norms,raise-linear",
     "shift-channels{amount=0.5}",
     "scale-channels{method=os-plus alpha=0.75 steps=10 insert=true}",
-    "quantize{activations=token skip=[head ^last$]},lower{target=ort}",
+    "quantize{activations=int8:token skip=[head ^last$]},lower{target=ort}",
     'quantize{skip=["a b" "c,d" "e=f" "{g}" "h\\"i" "[j]"]}',
 ]
 
@@ -178,7 +191,7 @@ def test_canonical_texts(text: str) -> None:
         ("scale-channels{\n  insert=True\n  steps=5\n}", "scale-channels{steps=5 insert=true}"),
         ("quantize{skip=head}", "quantize{skip=[head]}"),
         ("quantize{skip=[]}", "quantize"),
-        ('quantize{activations="token"}', "quantize{activations=token}"),
+        ('quantize{activations="int8:token"}', "quantize{activations=int8:token}"),
     ],
 )
 def test_other_spellings(text: str, canonical: str) -> None:
@@ -196,8 +209,10 @@ def test_groups_are_expanded() -> None:
 
 
 def test_options_as_values() -> None:
-    made = make_pass("quantize", {"activations": "static", "skip": ["a", "b"], "min-rows": 5, "embeddings": False})
-    assert made == Quantize(activations="static", skip=("a", "b"), min_rows=5, embeddings=False)
+    made = make_pass(
+        "quantize", {"activations": "uint8:tensor:static", "skip": ["a", "b"], "min-rows": 5, "embeddings": "none"}
+    )
+    assert made == Quantize(activations="uint8:tensor:static", skip=("a", "b"), min_rows=5, embeddings="none")
     assert make_pass("scale-channels", {"alpha": 1}) == ScaleChannels(alpha=1.0)
     assert make_pass("shift-channels", {"amount": "0.5"}) == ShiftChannels(amount=0.5)
 
@@ -228,7 +243,7 @@ MISTAKES: dict[str, tuple[str, str | None, str | None]] = {
         None,
     ),
     "lower{targt=ort}": (
-        "pass 'lower': unknown option 'targt'; expected target, opset",
+        "pass 'lower': unknown option 'targt'; expected target, opset, form, accuracy-level",
         None,
         "did you mean 'target'?",
     ),

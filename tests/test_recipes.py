@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from block_models import block, save
 
-from planish.integrate.recipes import Recipe, builtin_names, load_recipe, recipe_of
+import planish
+from planish.integrate.recipes import Needs, Recipe, builtin_names, load_recipe, recipe_of
 from planish.integrate.yaml_file import parse_yaml
 from planish.ir.errors import PlanishError
 
@@ -17,6 +19,7 @@ pipeline: fold-constants,raise-norms
 target: ort
 needs:
   calibration: true
+  targets: [onnx, ort]
 source: nobody
 """
 
@@ -34,6 +37,7 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
     assert recipe.name == "mine"
     assert recipe.target == "ort"
     assert recipe.needs.calibration is True
+    assert recipe.needs.targets == ("onnx", "ort")
     assert str(recipe.passes()) == "fold-constants,raise-norms"
     assert load_recipe(recipe) is recipe
 
@@ -42,6 +46,7 @@ def test_what_may_be_left_out() -> None:
     recipe = recipe_of(parse_yaml("name: a\nsummary: b\npipeline: fold-constants\n"))
     assert recipe == Recipe(name="a", summary="b", pipeline="fold-constants")
     assert (recipe.target, recipe.needs.calibration, recipe.source) == ("onnx", False, "")
+    assert recipe.needs.targets == ("onnx", "ort")
 
 
 def test_a_pipeline_may_span_lines() -> None:
@@ -53,6 +58,9 @@ def test_every_recipe_that_comes_with_planish_loads() -> None:
     for name in builtin_names():
         recipe = load_recipe(name)
         assert recipe.name == name
+        assert recipe.source
+        assert not recipe.summary.endswith(".")
+        assert len(recipe.summary) <= 140
         assert recipe.needs.calibration or not any(p.needs_stats for p in recipe.passes().passes)
 
 
@@ -80,8 +88,16 @@ def test_every_recipe_that_comes_with_planish_loads() -> None:
         ),
         (
             ("  calibration: true", "  calibrations: true"),
-            "r.yaml:6: field 'needs.calibrations': unknown; expected calibration\n  hint: did you mean 'calibration'?",
+            "r.yaml:6: field 'needs.calibrations': unknown; expected calibration, targets\n"
+            "  hint: did you mean 'calibration'?",
         ),
+        (
+            ("[onnx, ort]", "[onnx, otr]"),
+            "r.yaml:7: field 'needs.targets.1': expected 'onnx' or 'ort'; got 'otr'\n  hint: did you mean 'ort'?",
+        ),
+        (("[onnx, ort]", "[]"), "r.yaml:7: field 'needs.targets': expected at least one target; got []"),
+        (("[onnx, ort]", "[onnx]"), "r.yaml:4: field 'target': ort is not among needs.targets: onnx"),
+        (("[onnx, ort]", "ort"), "r.yaml:7: field 'needs.targets': input should be a valid tuple; got 'ort'"),
         (
             ("raise-norms", "raise-norm"),
             "recipe 'mine': pass 'raise-norm': unknown\n"
@@ -94,6 +110,27 @@ def test_every_recipe_that_comes_with_planish_loads() -> None:
 def test_what_is_wrong_with_a_recipe(change: tuple[str, str], expected: str) -> None:
     assert change[0] in GOOD
     assert message(GOOD.replace(*change)).startswith(expected)
+
+
+def test_a_default_target_that_cannot_is_found_without_a_target_line() -> None:
+    assert message("name: a\nsummary: b\npipeline: lower\nneeds:\n  targets: [ort]\n") == (
+        "r.yaml:4: field 'target': onnx is not among needs.targets: ort"
+    )
+
+
+def test_a_target_that_cannot_express_a_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = Recipe(name="a", summary="b", pipeline="lower", target="ort", needs=Needs(targets=("ort",)))
+    recipe.check_target("ort")
+    with pytest.raises(PlanishError) as caught:
+        planish.convert(save(block(), tmp_path / "m.onnx"), tmp_path / "q.onnx", recipe, target="onnx")
+    assert str(caught.value) == (
+        "recipe 'a': target onnx cannot express it; expected ort\n  hint: write for --target ort"
+    )
+    assert not (tmp_path / "q.onnx").exists()
+
+
+def test_a_file_says_its_targets_in_any_order() -> None:
+    assert recipe_of(parse_yaml(GOOD.replace("[onnx, ort]", "[ort, onnx, ort]"))).needs.targets == ("onnx", "ort")
 
 
 def test_what_is_no_recipe(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from row_checks import LINEAR, Act, build, check, check_acts, error, options, relate
+from row_checks import ACTS, LINEAR, Act, build, check, check_acts, error, options, relate
 
 from planish.ir import ops
 from planish.ir.constant import Constant
 from planish.ir.errors import InvalidModelError, PlanishError
 from planish.ir.graph import Graph
-from planish.ir.ops.base import ACTS, Block, Carry, Link, OneOf, Wide
+from planish.ir.ops.base import Block, Carry, Link, OneOf, Wide
 from planish.ir.types import UNKNOWN, TensorType
 
 P, S, T, R, L = Act.PERMUTE, Act.SCALE, Act.SHIFT, Act.ROTATE, Act.LINEAR

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from row_checks import LINEAR, Act, build, check, check_acts, relate
+from row_checks import ACTS, LINEAR, Act, build, check, check_acts, relate
 
 from planish.ir import ops
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Graph
-from planish.ir.ops.base import ACTS, Block, Carry, Link, Wide
+from planish.ir.ops.base import Block, Carry, Link, Wide
 from planish.ir.types import Dim, TensorType
 
 P, S, T, R, L = Act.PERMUTE, Act.SCALE, Act.SHIFT, Act.ROTATE, Act.LINEAR

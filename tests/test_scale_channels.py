@@ -305,7 +305,7 @@ def test_needs_statistics_and_a_known_method() -> None:
         Pipeline("scale-channels{method=smoothquand}")
     assert str(caught.value) == (
         "pass 'scale-channels': option 'method': expected one of search, smoothquant, os-plus, percentile, "
-        "outliertune, balance; got 'smoothquand'\n  hint: did you mean 'smoothquant'?"
+        "outliertune, balance, awq, smoothquant-plus; got 'smoothquand'\n  hint: did you mean 'smoothquant'?"
     )
     assert ScaleChannels.breaks == {"norm-gain-free"}
 

@@ -231,7 +231,7 @@ def test_every_admitted_space_is_exact(name: str, act: Act) -> None:
     probe = make_probe(graph, 1)
     rng = np.random.default_rng(0)
     count = len(analyse(graph).admitted(act))
-    assert count or act in (Act.ROTATE, Act.LINEAR), act
+    assert count or act in (Act.ROTATE, Act.LINEAR, Act.SPLIT), act  # the scan blocks splits
     changed = graph.clone()
     applied = 0
     for space in analyse(changed).admitted(act):

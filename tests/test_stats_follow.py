@@ -66,6 +66,7 @@ TEXTS = [
     "shift-channels{min-gain=0}", "transform-channels{kind=block block=2}", "isolate-outliers{count=2 ratio=1}",
     "raise,scale-channels{insert=true min-gain=0},fold-gates", "raise,fold-norm-gain,rotate-channels,insert-hadamard",
     "insert-hadamard{sites=all},merge-hadamards", "raise,merge-linears,scale-channels{min-gain=0}",
+    "extract-low-rank{rank=2 iterations=2 grid=4}", "extract-low-rank{rank=2 fold=true iterations=2 grid=4}",
 ]  # fmt: skip
 
 

@@ -214,7 +214,7 @@ MISTAKES = [
     ("mul(", "mull(", "op 'mull': unknown", "line 5, column 23", "did you mean 'mul'?"),
     ("(%x, %w)", "(%x, %v)", "%v: not defined here", "line 5, column 31", None),
     ("%a: f32[batch, 4] =", "%x: f32[batch, 4] =", "%x: defined twice", "line 5, column 3", None),
-    ("%a: f32[batch", "%a: f23[batch", "dtype 'f23': unknown", "line 5, column 7", "did you mean 'f32'?"),
+    ("%a: f32[batch", "%a: f33[batch", "dtype 'f33': unknown", "line 5, column 7", "did you mean 'f32'?"),
     ("%a: f32[batch, 4] =", "%a =", "a result of a node needs a type, got 'mul'", "line 5", None),
     ("f32[] = 0.1", "f32[] = 0.x", "bad element: could not convert", "line 3, column 27", None),
     ("f32[] = 0.1", "f32[2] = [0.1]", "wrong number of elements; expected 2, got 1", "line 3", None),
@@ -314,8 +314,8 @@ def test_save_and_load(tmp_path, seed: int) -> None:
     constants = {"big": Constant.of(rng.normal(size=(5, 4)).astype(np.float32))}
     graph = parse(SMALL, constants)
     graph.meta["blob"] = Blob("k", b"\x01" * 3001)
-    for dtype in ("i4", "u2", "bf16", "f8e5m2fnuz", "c64", "bool", "i64", "f4e2m1"):
-        graph.add_constant(dtype, Constant.of(rng.integers(0, 2, (3, 7)).astype(numpy_dtype(dtype))))
+    for dtype in ("i4", "u2", "i3", "bf16", "f8e5m2fnuz", "c64", "bool", "i64", "f4e2m1", "f6e3m2"):
+        graph.add_constant(dtype, Constant.of(rng.integers(0, 2, (3, 7)).astype(numpy_dtype(dtype)), dtype))
     graph.add_constant("wide", Constant.of(rng.normal(size=20), "f16"))
     graph.add_constant("words", Constant.of(np.array(["a\n", b"\xff", "é"] * 7, object)))
     path = tmp_path / "g.ir"

@@ -92,7 +92,7 @@ class FoldConstants(RewritePass):
         types = [v.dtype for v in (*node.operands, *node.results) if v is not None]
         if any(t is None or t == "str" or (is_float(t) and t not in WIDE_FLOATS) for t in types):
             return None
-        if _for_linear(node) or _for_norm(node):
+        if _for_linear(node) or _for_norm(node) or node.op.name in ("dequantize", "dequantize_split"):
             return None
         grown = sum(_size(r) or 0 for r in node.results) - sum(
             v.constant.nbytes for v in set(node.operands) if v is not None and v.constant and len(v.users) == 1

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     import torch
 
 
+class Plain(Protocol):
+    """What can be written as JSON."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+
+
 @dataclass
 class Report:
     """What a pipeline did.
@@ -39,6 +46,7 @@ class Report:
         unchecked: why validation was not possible, if it was asked for and was not.
         used: for each act the axes of values that a pass transformed (`Context.used`).
         freedoms: what no pass used, as plain data, if somebody looked (`planish.report.freedoms`).
+        results: errors, outliers and sizes, if somebody looked (`planish.report.results`).
     """
 
     passes: list[PassReport] = field(default_factory=list)
@@ -47,6 +55,7 @@ class Report:
     unchecked: str = ""
     used: dict[Act, set[tuple[str, Axes]]] = field(default_factory=dict, repr=False)
     freedoms: list[dict[str, Any]] = field(default_factory=list)
+    results: Plain | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> PassReport:
         """The report of the first pass of that name."""
@@ -62,6 +71,7 @@ class Report:
             "validated": self.validated,
             "unchecked": self.unchecked,
             "freedoms": self.freedoms,
+            "results": None if self.results is None else self.results.as_dict(),
         }
 
 
@@ -70,6 +80,9 @@ class Instrument:
 
     def before(self, instance: Pass, graph: Graph) -> None:
         """Before a pass runs."""
+
+    def statistics(self, instance: Pass | None, graph: Graph, stats: Stats) -> None:
+        """Before a pass runs, with the statistics as the passes before it left them; None: after the last pass."""
 
     def after(self, instance: Pass, graph: Graph, report: PassReport) -> None:
         """After a pass ran and was checked."""
@@ -186,6 +199,8 @@ class Pipeline:
         for instance in progress(self.passes, "passes"):
             for instrument in instruments:
                 instrument.before(instance, graph)
+                if context.stats is not None:
+                    instrument.statistics(instance, graph, context.stats)
             exact = instance.exactness in (Exactness.EXACT, Exactness.IDENTITY)
             before = graph.clone() if exact and probe.inputs else None
             start = time.perf_counter()
@@ -201,4 +216,6 @@ class Pipeline:
             report.passes.append(done)
             for instrument in instruments:
                 instrument.after(instance, graph, done)
+        for instrument in instruments if context.stats is not None else ():
+            instrument.statistics(None, graph, context.stats)
         return graph, report

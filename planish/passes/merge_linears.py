@@ -4,7 +4,7 @@
 
 The columns of a product do not see each other: an identity, for every dtype. One large product is
 faster than several small ones, and a quantised x is read once. A weight that something else reads stays by
-itself, since merging would copy it.
+itself, since merging would copy it; so does a branch that is to stay in float.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from planish.ir.constant import Constant
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.rewriter import Declined, Rewriter
-from planish.passes.base import Context, Exactness, Pass, PassReport, place
+from planish.passes.base import Context, Exactness, Pass, PassReport, kept_float, place
 from planish.passes.match import attribute
 from planish.passes.options import Range, option
 
@@ -43,10 +43,12 @@ class MergeLinears(Pass):
             x = node.operand(0)
             if node.op.name == "linear" and x is not None:
                 readers[x].append(node)
-        outputs = set(graph.output_values())
+        outputs, kept = set(graph.output_values()), kept_float(graph)
         for x, nodes in readers.items():
             for node in nodes if len(nodes) >= self.min_group else ():
                 try:
+                    if node.result.name in kept:
+                        raise Declined("it stays in float beside what is quantised", node)
                     groups[x, _check(node, outputs)].append(node)
                 except Declined as refusal:
                     report.decline(refusal.reason, refusal.node)

@@ -1,6 +1,6 @@
 """Pipelines as text, the way mlir-opt writes them.
 
-    raise,scale-channels{method=os-plus},quantize{weights=int8 activations=dynamic}
+    raise,scale-channels{method=os-plus},quantize{weights=int8 activations=uint8:tensor}
 
 `parse_pipeline` and `print_pipeline` are inverse to each other. Options are the fields of the pass's
 dataclass; only those that differ from the defaults are printed.
@@ -44,6 +44,11 @@ REGISTRY: dict[str, tuple[str, str]] = {
     "fold-gates": ("planish.passes.fold_gates", "FoldGates"),
     "scale-channels": ("planish.passes.scale_channels", "ScaleChannels"),
     "isolate-outliers": ("planish.passes.isolate_outliers", "IsolateOutliers"),
+    "split-layers": ("planish.passes.split_layers", "SplitLayers"),
+    "extract-outliers": ("planish.passes.extract_outliers", "ExtractOutliers"),
+    "extract-low-rank": ("planish.passes.extract_low_rank", "ExtractLowRank"),
+    "disassemble-channels": ("planish.passes.disassemble_channels", "DisassembleChannels"),
+    "reassemble-channels": ("planish.passes.reassemble_channels", "ReassembleChannels"),
     "quantize": ("planish.passes.quantize", "Quantize"),
     "lower": ("planish.codegen.lower", "Lower"),
 }

@@ -11,13 +11,19 @@ over all readers:
                                                                        (Zhang et al., arXiv 2310.04836)
     outliertune   s = a: the static per-channel scale, folded           (Wang et al., arXiv 2406.18832)
     search        per site the best of: none, smoothquant for a grid of alpha, os-plus for a grid of t
+    awq           per site the best of m^alpha and m^alpha / w^(1 - alpha) for a grid of alpha, m = mean|x_j|, w that
+                  of weights relative to their block; for weights only          (Lin et al., arXiv 2306.00978)
+    smoothquant-plus   smoothquant with one alpha for the model: that of a grid with the least squared error of the
+                  model's outputs on calibration data, weights rounded          (Pan et al., arXiv 2312.03788)
     balance       s = (max|V_j:| / w)^(1/2), V what writes the channel: no statistics, on every free SCALE space
                                                                        (Nagel et al., arXiv 1906.04721)
 
 A site is a space that linears or convolutions read, grouped and depthwise ones too, or (smoothquant, os-plus,
 search) that an attention contracts: keys then stand for the weights of queries, and rotary pairs share a factor.
-`os-plus` and `search` minimise the squared output error of the site's linears with quantised
-activations and weights, on the sampled rows; leaving the site alone is always among the candidates.
+`os-plus`, `search` and `awq` minimise the squared output error of the site's linears with quantised activations and
+weights, on the sampled rows; leaving the site alone is always among the candidates. What they are rounded to:
+`weights` and `activations`, formats or none; `auto` is int8 per row and uint8 by `granularity`, for the weight-only
+methods uint4:g128 and none. `clip=mse` lets each block of a weight have its best range (the clipping of AWQ).
 Where ops block a space (a residual that reads the norm too, an activation function before the
 linear), `insert=true` puts one explicit Mul there, if the error falls by the fraction `min_gain`.
 """
@@ -25,13 +31,15 @@ linear), `insert=true` puts one explicit Mul there, if the error falls by the fr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 
 from planish.ir.absorb import absorb
+from planish.ir.errors import PlanishError
+from planish.ir.formats import Format
 from planish.ir.graph import Graph
 from planish.ir.ops.base import Act
 from planish.ir.rewriter import Declined, Rewriter
@@ -40,10 +48,24 @@ from planish.ir.transform import Scale
 from planish.passes.balance import balance
 from planish.passes.base import Context, Exactness, Pass, PassReport
 from planish.passes.finite import require_finite_space
+from planish.passes.named import check_format
 from planish.passes.options import Range, option
-from planish.passes.scales import Judge, Quantiser, percentile_scale, smoothquant_scale, threshold_scale
+from planish.passes.scales import (
+    FormatQuantiser,
+    Judge,
+    Pair,
+    Quantiser,
+    Rounding,
+    awq_scale,
+    awq_weight,
+    percentile_scale,
+    smoothquant_scale,
+    threshold_scale,
+)
 from planish.passes.sites import Site, dual_site_of, site_of
+from planish.passes.whole_model import WholeModel, round_weights
 
+WEIGHT_ONLY = frozenset({"awq", "smoothquant-plus"})
 DUAL = frozenset({"smoothquant", "os-plus", "search"})  # methods that weigh both sides: keys are activations too
 
 
@@ -55,9 +77,15 @@ class ScaleChannels(Pass):
     exactness = Exactness.EXACT
     breaks = frozenset({"norm-gain-free"})
 
-    method: Literal["search", "smoothquant", "os-plus", "percentile", "outliertune", "balance"] = "search"
+    method: Literal[
+        "search", "smoothquant", "os-plus", "percentile", "outliertune", "balance", "awq", "smoothquant-plus"
+    ] = "search"
     alpha: float = option(0.5, Range(0, 1))  # smoothquant: the share of the difficulty that weights take
     granularity: Literal["tensor", "token", "static"] = "tensor"  # of the activations in the search
+    weights: str = "auto"  # format of the weights in the search
+    activations: str = "auto"  # format of the activations in the search
+    clip: Literal["max", "mse"] = "max"  # of the weights in the search
+    batches: int = option(8, Range(1))  # of calibration data on which smoothquant-plus runs the model, at most
     steps: int = option(20, Range(1))  # grid points of alpha, and of the threshold
     rows: int = option(384, Range(1))  # sampled rows in the search
     insert: bool = False  # an explicit Mul where a space is blocked
@@ -67,11 +95,30 @@ class ScaleChannels(Pass):
     def needs_stats(self) -> bool:
         return self.method != "balance"
 
+    @property
+    def reads_data(self) -> bool:
+        return self.method == "smoothquant-plus"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for option_name in ("weights", "activations"):
+            check_format(self, option_name, "auto", "none")
+        if self.method == "smoothquant-plus" and self.weights == "none":
+            raise PlanishError("pass 'scale-channels': method 'smoothquant-plus' rounds weights; got weights=none")
+
     def run(self, graph: Graph, context: Context) -> PassReport:
         report = PassReport(self.name)
         if self.method == "balance":
             balance(graph, context, report)
             return report
+        assert context.stats is not None
+        fixed = self._whole_model_alpha(graph, context, report) if self.method == "smoothquant-plus" else self
+        if fixed is not None:
+            fixed._sites(graph, context, report)
+        return report
+
+    def _sites(self, graph: Graph, context: Context, report: PassReport) -> None:
+        """Scale site by site."""
         assert context.stats is not None
         found = []
         for space in (context.guarded(graph, s) for s in analyse(graph).of(Act.SCALE)):
@@ -88,7 +135,41 @@ class ScaleChannels(Pass):
                     self._site(rewriter, space, site, context, report)
                 except Declined as refusal:
                     report.decline(str(refusal), refusal.node if refusal.node is not None else site.name)
-        return report
+
+    def _whole_model_alpha(self, graph: Graph, context: Context, report: PassReport) -> ScaleChannels | None:
+        """The pass with the alpha that serves the whole model best; None if that is to scale nothing."""
+        form = self._formats()[0]
+        assert form is not None and context.stats is not None
+        model = WholeModel(graph, (context.data or ())[: self.batches], context.row_mask, self.name)
+        losses: dict[float | str, float] = {"none": model.loss(round_weights(graph.clone(), form))}
+        for i in context.progress(range(self.steps + 1), "scale-channels: alpha"):
+            trial, scaled = replace(self, alpha=i / self.steps), graph.clone()
+            trial._sites(scaled, Context(context.stats.copy(), context.seed), PassReport(self.name))
+            losses[trial.alpha] = model.loss(round_weights(scaled, form))
+        report.figures["losses"] = losses
+        best = min(losses, key=lambda a: losses[a])
+        said = f"alpha={best:g}" if isinstance(best, float) else best
+        note = f"{said}: the model's outputs are off by {losses[best]:.3g} of their energy"
+        report.notes.append(f"{note}, {losses['none']:.3g} as it was")
+        if isinstance(best, float):
+            return replace(self, alpha=best)
+        report.decline("no alpha beats leaving the model alone", None)
+        return None
+
+    def _formats(self) -> tuple[Format | None, Format | None]:
+        """Of weights and activations, where they are given by formats; None is float."""
+        texts = [self.weights, self.activations]
+        if self.method in WEIGHT_ONLY:
+            texts = [new if old == "auto" else old for old, new in zip(texts, ("uint4:g128", "none"), strict=True)]
+        weights, inputs = (None if text in ("none", "auto") else Format.parse(text) for text in texts)
+        return weights, inputs
+
+    def _rounding(self, site: Site) -> Rounding:
+        weights, inputs = self._formats()
+        plain = Quantiser(self.granularity, site.low, site.high)
+        given = FormatQuantiser(weights, inputs, site.low, site.high, self.clip)
+        named = self.method in WEIGHT_ONLY
+        return Pair(*(given if named or text != "auto" else plain for text in (self.weights, self.activations)))
 
     def _site(self, rewriter: Rewriter, space: Space, site: Site, context: Context, report: PassReport) -> None:
         if space.blockers and not self.insert:
@@ -97,9 +178,9 @@ class ScaleChannels(Pass):
         picked = np.linspace(0, len(site.samples) - 1, min(self.rows, len(site.samples))).astype(np.int64)
         samples = torch.from_numpy(np.ascontiguousarray(site.samples[picked]))
         weights = [torch.from_numpy(w.astype(np.float32)) for w in site.weights()]
-        judge = Judge(samples, weights, Quantiser(self.granularity, site.low, site.high))
+        judge = Judge(samples, weights, self._rounding(site))
         before = judge.error(np.ones(space.size))
-        searching = self.method in ("search", "os-plus")
+        searching = self.method in ("search", "os-plus", "awq")
         label, s, after = "none", None, before
         for candidate, factors in self._candidates(site):
             error = judge.error(factors)
@@ -127,7 +208,7 @@ class ScaleChannels(Pass):
         largest = site.largest
         weight = np.max([np.abs(w).max(0) for w in site.weights()], axis=0)
         match self.method:
-            case "smoothquant":
+            case "smoothquant" | "smoothquant-plus":
                 yield f"smoothquant alpha={self.alpha:g}", smoothquant_scale(largest, weight, self.alpha)
             case "percentile":
                 yield "percentile", percentile_scale(largest)
@@ -135,6 +216,12 @@ class ScaleChannels(Pass):
                 yield "outliertune", smoothquant_scale(largest, weight, 1.0)
             case "os-plus":
                 yield from self._thresholds(largest)
+            case "awq":
+                mean = np.abs(site.samples).mean(0).astype(np.float64)
+                shares = awq_weight(site.weights(), self._formats()[0] or Format.parse("int8"))
+                for alpha in (i / self.steps for i in range(self.steps + 1)):
+                    yield f"awq alpha={alpha:g}", awq_scale(mean, None, alpha)
+                    yield f"awq alpha={alpha:g} weights", awq_scale(mean, shares, alpha)
             case "search":
                 for i in range(self.steps + 1):
                     alpha = i / self.steps

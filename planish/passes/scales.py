@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
+from planish.ir.formats import Format
+from planish.ir.rounding import best_grid, blocks_of, fake_quantize, grid_of, unblocked
 from planish.passes.sites import row_floor
 
 FLOOR = 1e-5
@@ -48,6 +50,82 @@ def balance_scale(written: np.ndarray, read: np.ndarray) -> np.ndarray:
     live = (written > 0) & (read > 0)
     s: np.ndarray = np.sqrt(np.where(live, written, 1.0) / np.where(live, read, 1.0))
     return s.clip(1.0 / LIMIT, LIMIT)
+
+
+def awq_weight(weights: Sequence[np.ndarray], form: Format) -> np.ndarray:
+    """w_j, the mean over all rows of |W_:j| / max |W| of its block: the weight side of AWQ; float64 [n].
+
+    Args:
+        weights: of each reader, float64 [outputs, n].
+        form: says what a block is.
+    """
+    rows = torch.from_numpy(np.concatenate(weights)).abs()
+    blocks = blocks_of(rows, form)
+    shares = unblocked(blocks / blocks.amax(-1, keepdim=True).clamp(min=FLOOR), tuple(rows.shape))
+    mean: np.ndarray = shares.mean(0).numpy()
+    return mean
+
+
+def awq_scale(mean: np.ndarray, weight: np.ndarray | None, alpha: float) -> np.ndarray:
+    """s = m^alpha or m^alpha / w^(1 - alpha), divided by sqrt(max s min s); float64 [n].
+
+    Args:
+        mean: m, the mean of |x_j|.
+        weight: w of `awq_weight`, or None.
+    """
+    s = np.maximum(mean, 1e-4) ** alpha
+    if weight is not None:
+        s = s / (weight + 1e-4) ** (1.0 - alpha)
+    s = s.clip(min=1e-4)
+    balanced: np.ndarray = s / np.sqrt(s.max() * s.min())
+    return balanced
+
+
+class Rounding(Protocol):
+    """What stands for the quantiser while candidates are judged."""
+
+    def activations(self, x: torch.Tensor, s: np.ndarray) -> torch.Tensor:
+        """x [N, n], already divided by s [n], as its readers will see it."""
+
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """w [outputs, n] as it will be stored."""
+
+
+@dataclass(frozen=True, eq=False)
+class FormatQuantiser:
+    """Rounding to any formats.
+
+    Attributes:
+        weights, inputs: the formats; None leaves that side in float.
+        low, high: float64 [n], the calibrated extremes of the channels, for a static format.
+        clip: `mse` takes, block by block, the fraction of a weight's range with the least squared error.
+    """
+
+    weights: Format | None
+    inputs: Format | None
+    low: np.ndarray
+    high: np.ndarray
+    clip: Literal["max", "mse"] = "max"
+
+    def activations(self, x: torch.Tensor, s: np.ndarray) -> torch.Tensor:
+        """x [N, n], already divided by s [n], as its readers will see it."""
+        if self.inputs is None:
+            return x
+        if self.inputs.scale == "f8e4m3fn" and not self.inputs.static:  # at run time there is no scale of the tensor
+            blocks = blocks_of(x, self.inputs)
+            grid = grid_of(blocks, self.inputs, global_scale=1.0)
+            return unblocked(grid.values(grid.codes(blocks)), tuple(x.shape))
+        return fake_quantize(x, self.inputs, float((self.low / s).min()), float((self.high / s).max()))
+
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """w [outputs, n] as it will be stored."""
+        if self.weights is None:
+            return w
+        if self.clip == "max":
+            return fake_quantize(w, self.weights)
+        blocks = blocks_of(w, self.weights)
+        grid = best_grid(blocks, self.weights)
+        return unblocked(grid.values(grid.codes(blocks)), tuple(w.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +164,22 @@ class Quantiser:
         return torch.round(w / scale) * scale
 
 
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Weights as one rounds them, activations as another does."""
+
+    of_weights: Rounding
+    of_activations: Rounding
+
+    def activations(self, x: torch.Tensor, s: np.ndarray) -> torch.Tensor:
+        """x [N, n], already divided by s [n], as its readers will see it."""
+        return self.of_activations.activations(x, s)
+
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """w [outputs, n] as it will be stored."""
+        return self.of_weights.weight(w)
+
+
 class Judge:
     """Judges scales of one site: the relative squared error of its readers' outputs under fake quantisation.
 
@@ -94,7 +188,7 @@ class Judge:
         weights: of each reader, float32 [outputs, n].
     """
 
-    def __init__(self, samples: torch.Tensor, weights: Sequence[torch.Tensor], quantiser: Quantiser) -> None:
+    def __init__(self, samples: torch.Tensor, weights: Sequence[torch.Tensor], quantiser: Rounding) -> None:
         weights = [w[:: -(-len(w) // OUTPUTS)] for w in weights]
         self.samples = samples
         self.weight = torch.cat(weights)
@@ -114,6 +208,9 @@ class Judge:
         """
         factors = torch.from_numpy(s.astype(np.float32))
         x = self.quantiser.activations(self.samples / factors, s)
-        noise = (x @ self.quantiser.weight(self.weight * factors).T).sub_(self.exact)
-        parts = torch.split(noise, self.readers, 1)
+        return self.measure(x @ self.quantiser.weight(self.weight * factors).T)
+
+    def measure(self, outputs: torch.Tensor) -> float:
+        """The error of outputs [N, all outputs of the readers judged]; they are not kept."""
+        parts = torch.split(outputs.sub_(self.exact), self.readers, 1)
         return sum(float((self._rows(p) / e).mean()) for p, e in zip(parts, self.energy, strict=True))
