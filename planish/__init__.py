@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "add_lora": "planish.passes.lora",
     "capture": "planish.integrate.api",
     "collect": "planish.integrate.api",
     "convert": "planish.integrate.convert",
@@ -29,7 +30,7 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_onnx", "to_torch", "verify",
+    "add_lora", "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_onnx", "to_torch", "verify",
     "Graph", "Pipeline", "PlanishError", "Stats", "__version__",
 ]  # fmt: skip
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from planish.ir.evaluator import evaluate
     from planish.ir.graph import Graph
     from planish.ir.stats import Stats
+    from planish.passes.lora import add_lora
     from planish.passes.manager import Pipeline
     from planish.report.inspection import inspect
     from planish.report.mapping import lint

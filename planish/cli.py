@@ -132,7 +132,7 @@ def inspect(
     json: Json = False,
     act: Annotated[
         str | None,
-        typer.Option("--act", help="Only this act: permute, scale, shift, rotate or linear."),
+        typer.Option("--act", help="Only this act: permute, scale, shift, rotate, linear or split."),
     ] = None,
     everything: Annotated[
         bool, typer.Option("--all", help="A row for each space, with all its tensors and blockers.")
@@ -214,8 +214,15 @@ def optimize(
     ] = None,
     report: Annotated[
         str | None,
-        typer.Option("--report", help="Write what was done to a JSON file."),
+        typer.Option("--report", help="Write what was done, site by site, to a JSON file."),
     ] = None,
+    plots: Annotated[
+        str | None,
+        typer.Option("--plots", help="Draw histograms of what each site reads, before and after, to a folder (PNG)."),
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Print every site, and every place that a pass declined.")
+    ] = False,
     seed: Seed = 0,
     validate: Validate = True,
     json: Json = False,
@@ -227,6 +234,10 @@ def optimize(
     terminal = _terminal(quiet or json)
     if report is not None:
         check_output(report)
+    if plots is not None:
+        from planish.report.plots import check_plots
+
+        check_plots(plots)
     options = _calibration(calibrate, tokenizer, row_mask, samples, batch, length)
     done = convert(
         model,
@@ -241,12 +252,18 @@ def optimize(
     )
     if report is not None:
         _write_json(report, done.as_dict())
+    if plots is not None:
+        from planish.report.plots import draw
+        from planish.report.results import Results
+
+        assert isinstance(done.report.results, Results)
+        draw(done.report.results, plots, progress=terminal.progress)
     if json:
         _print_json(done.as_dict())
     elif not quiet:
         from planish.report.terminal import show_conversion
 
-        show_conversion(terminal, done, output)
+        show_conversion(terminal, done, output, everything=everything)
     return 0
 
 
@@ -409,10 +426,13 @@ def list_recipes(json: Json = False) -> int:
         _print_json(found)
         return 0
     for entry in found:
+        others = [t for t in entry["needs"]["targets"] if t != entry["target"]]
         needs = "  (needs calibration)" if entry["needs"]["calibration"] else ""
-        print(f"{entry['name']}  [{entry['target']}]{needs}")
+        print(f"{entry['name']}  [{', '.join([entry['target'], *others])}]{needs}")
         print(f"    {entry['summary']}")
         print(f"    {entry['pipeline']}")
+        if entry["source"]:
+            print(f"    source: {entry['source']}")
     return 0
 
 

@@ -10,7 +10,6 @@ Padded tokens are no data: `row_mask` names the input, 1 where a row counts, tha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import numpy as np
 from planish.ir.errors import PlanishError, nearest
 from planish.ir.evaluator import Evaluator
 from planish.ir.graph import Graph, Node, Value
+from planish.ir.row_mask import RowMask, rows_of
 from planish.ir.stats import ChannelStats, Stats
 from planish.ir.types import WIDE_FLOATS, TensorType
 
@@ -189,60 +189,6 @@ def _hash(numbers: np.ndarray, seed: np.uint64) -> np.ndarray:
     return state ^ (state >> np.uint64(31))
 
 
-class _RowMask:
-    """Which rows of a batch count: the mask input's symbols say on which axes of a value it lies."""
-
-    def __init__(self, graph: Graph, name: str) -> None:
-        inputs = {v.name: v for v in graph.inputs}
-        if name not in inputs:
-            raise PlanishError(
-                f"row mask '{name}': not an input of the graph; expected one of {', '.join(inputs)}",
-                hint=nearest(name, inputs),
-            )
-        self.value = inputs[name]
-        if self.value.rank == 0:
-            raise PlanishError(f"row mask '{name}': is a scalar; expected a mask over rows")
-        self.name = name
-        self.mask: torch.Tensor | None = None
-
-    def start(self, batch: Batch) -> None:
-        import torch
-
-        given = batch.get(self.name)
-        self.mask = None if given is None else torch.as_tensor(given) != 0
-
-    def over(self, value: Value, lead: tuple[int, ...], axes: tuple[int, ...]) -> torch.Tensor | None:
-        """The mask over the dims `lead` (the axes `axes` of the value), flattened; None: every row counts."""
-        mask = self.mask
-        if mask is None:
-            return None
-        if lead == tuple(mask.shape) or (len(lead) == 1 and lead[0] == mask.numel() > 1):
-            return mask.reshape(-1)
-        places = self._places(value, axes)
-        if places is None or [lead[p] for p in places] != list(mask.shape):
-            return None
-        shape = [1] * len(lead)
-        for place, size in zip(places, mask.shape, strict=True):
-            shape[place] = size
-        return mask.reshape(shape).expand(lead).reshape(-1)
-
-    def _places(self, value: Value, axes: tuple[int, ...]) -> list[int] | None:
-        """For each axis of the mask, the position among `axes` of the value's axis with the same symbol."""
-        if self.value.shape is None or value.shape is None:
-            return None
-        places: list[int] = []
-        for symbol in self.value.shape:
-            later = [
-                i
-                for i, axis in enumerate(axes)
-                if value.shape[axis] == symbol and i not in places and i > max(places, default=-1)
-            ]
-            if symbol is None or not later:
-                return None
-            places.append(later[0])
-        return places
-
-
 def collect(
     graph: Graph,
     batches: Iterable[Batch],
@@ -280,20 +226,12 @@ def collect(
         )
     check_weights(graph)
     wanted = sites(graph, values)
-    mask = None if row_mask is None else _RowMask(graph, row_mask)
+    mask = None if row_mask is None else RowMask(graph, row_mask)
     found = {value: _Accumulator(axis, rows, seed) for value, axis in wanted.items()}
     evaluator = Evaluator(graph, torch.float32)
 
     def observe(value: Value, tensor: Any) -> None:
-        axis = found[value].axis
-        data = tensor.float().movedim(axis, -1)
-        lead = tuple(int(d) for d in data.shape[:-1])
-        axes = tuple(a for a in range(tensor.ndim) if a != axis + tensor.ndim)
-        data = data.reshape(math.prod(lead), data.shape[-1])
-        if mask is not None:
-            chosen = mask.over(value, lead, axes)
-            if chosen is not None:
-                data = data[chosen]
+        data = rows_of(value, tensor, found[value].axis, mask).float()
         if not bool(torch.isfinite(data).all()):
             bad = _not_finite(data.numpy()).replace(" at ", " at row, channel ")
             raise PlanishError(

@@ -13,7 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from planish.ir.types import TensorType
 from planish.passes.base import Exactness, Pass
 from planish.passes.manager import Instrument, Pipeline, Report
 from planish.report.freedoms import FreedomInstrument, freedoms
+from planish.report.results import ResultInstrument
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +96,7 @@ class Conversion:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        return {**asdict(self), "report": self.report.as_dict()}
+        return {**vars(self), "report": self.report.as_dict()}
 
 
 def convert(
@@ -137,6 +138,7 @@ def convert(
         )
     goal = target or chosen.target
     check_target(goal)
+    chosen.check_target(goal)
     passes = for_opset(lowered(chosen.passes(), goal), opset)
     check_output(out)
     graph = capture(model)
@@ -220,16 +222,17 @@ def run_pipeline(
     Raises:
         PlanishError: as `Pipeline.run` and `collect`.
     """
-    before_rounding = FreedomInstrument()
-    instruments = [*instruments, before_rounding]
+    before_rounding, looking = FreedomInstrument(), ResultInstrument(graph)
+    instruments = [*instruments, before_rounding, looking]
 
     def looked_at(result: Graph, report: Report) -> Report:
         left = freedoms(before_rounding.graph or result, report.used, progress=progress)
         report.freedoms = [found.as_dict() for found in left]
+        report.results = looking.results(result, report.passes)
         return report
 
     if calibration is None or isinstance(calibration, Stats):
-        stats = calibration
+        stats = looking.stats = calibration
         result, report = pipeline.run(
             graph, stats=stats, validate=validate, seed=seed, instruments=instruments, progress=progress
         )
@@ -250,21 +253,26 @@ def run_pipeline(
             graph, samples=samples, validate=validate, seed=seed, instruments=instruments, progress=progress
         )
     ready(raised)
+    rest = pipeline.passes[head:]
+    kept = [first, *iterator] if any(p.reads_data for p in rest) else None
     stats = collect(
         raised,
-        _sized(itertools.chain([first], iterator), batches),
+        _sized(itertools.chain([first], iterator), batches) if kept is None else kept,
         rows=options.rows,
         row_mask=mask,
         seed=seed,
         source=source,
         progress=progress,
     )
+    looking.stats = stats
     if head == len(pipeline.passes):
         return raised, looked_at(raised, opening), stats
     result, report = _Rest(pipeline.passes, head).run(
         raised,
         stats=stats,
         samples=samples,
+        data=kept,
+        row_mask=mask,
         validate=validate,
         seed=seed,
         instruments=instruments,

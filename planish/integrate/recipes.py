@@ -2,10 +2,13 @@
 
     name: w8a8-dynamic
     summary: int8 weights, uint8 activations quantised at run time
-    pipeline: raise,merge-linears,scale-channels,quantize{activations=dynamic}
+    pipeline: raise,merge-linears,scale-channels,quantize{activations=uint8:tensor}
     target: ort
-    needs: {calibration: true}
+    needs: {calibration: true, targets: [ort]}
     source: https://arxiv.org/abs/2304.09145
+
+`needs` says what a recipe cannot do without: calibration data, and a target that can express what it makes (any,
+if `targets` is left out). `target` is the one that is written where none is asked for.
 
 Those that come with planish stand in `planish/integrate/recipes/`.
 """
@@ -16,19 +19,36 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from planish.integrate.yaml_file import Document, load_yaml, parse_yaml
 from planish.ir.errors import PlanishError, nearest
 from planish.passes.manager import Pipeline
 
+Target = Literal["onnx", "ort"]
+TARGETS: tuple[Target, ...] = ("onnx", "ort")
+
 
 class Needs(BaseModel):
-    """What a recipe cannot do without."""
+    """What a recipe cannot do without.
+
+    Attributes:
+        calibration: whether calibration data must be given.
+        targets: the targets that can express what it makes.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     calibration: bool = False
+    targets: tuple[Target, ...] = Field(default=TARGETS, strict=False)
+
+    @field_validator("targets")
+    @classmethod
+    def _some_target(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        if not targets:
+            raise PydanticCustomError("no_target", "expected at least one target")
+        return tuple(t for t in TARGETS if t in targets)
 
 
 class Recipe(BaseModel):
@@ -48,7 +68,7 @@ class Recipe(BaseModel):
     name: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
     summary: str = Field(min_length=1)
     pipeline: str = Field(min_length=1)
-    target: Literal["onnx", "ort"] = "onnx"
+    target: Target = "onnx"
     needs: Needs = Needs()
     source: str = ""
 
@@ -56,6 +76,29 @@ class Recipe(BaseModel):
     @classmethod
     def _no_line_breaks(cls, text: str) -> str:
         return " ".join(text.split()).replace(", ", ",")
+
+    @model_validator(mode="after")
+    def _default_target_can(self) -> Recipe:
+        if self.target not in self.needs.targets:
+            raise PydanticCustomError(
+                "target_cannot",
+                "field 'target': {target} is not among needs.targets: {targets}",
+                {"target": self.target, "targets": ", ".join(self.needs.targets)},
+            )
+        return self
+
+    def check_target(self, target: str) -> None:
+        """An error if a target cannot express what the recipe makes.
+
+        Raises:
+            PlanishError: with the nearest target that can.
+        """
+        if target not in self.needs.targets:
+            able = ", ".join(self.needs.targets)
+            raise PlanishError(
+                f"recipe '{self.name}': target {target} cannot express it; expected {able}",
+                hint=f"write for --target {self.needs.targets[-1]}",
+            )
 
     def passes(self) -> Pipeline:
         """The pipeline.
@@ -136,7 +179,9 @@ def _explained(error: ValidationError, document: Document) -> PlanishError:
         case "literal_error":
             given = str(first["input"])
             what = f"field '{field}': expected {first.get('ctx', {}).get('expected', '')}; got '{given}'"
-            hint = nearest(given, ("onnx", "ort"))
+            hint = nearest(given, TARGETS)
+        case "target_cannot":
+            what, hint, place = first["msg"], None, ("target",) if ("target",) in document.lines else ("needs",)
         case "string_pattern_mismatch":
             given = str(first["input"])
             what = f"field '{field}': expected lower-case words joined by hyphens; got '{given}'"

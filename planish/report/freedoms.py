@@ -19,6 +19,7 @@ from planish.report.labels import label
 
 Used = Mapping[Act, set[tuple[str, Axes]]]
 EXAMPLES = 3
+FREE = tuple(act for act in ACTS if act is not Act.SPLIT)  # a split makes weights wider
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def freedoms(
     """
     found = spaces or analyse(graph)
     done = used or {}
-    return tuple(_freedom(act, found.admitted(act), done.get(act, set())) for act in progress(ACTS, "free spaces"))
+    return tuple(_freedom(act, found.admitted(act), done.get(act, set())) for act in progress(FREE, "free spaces"))
 
 
 def _freedom(act: Act, free: Sequence[Space], used: set[tuple[str, Axes]]) -> Freedom:

@@ -28,9 +28,17 @@ LIFTS = {
     Act.SHIFT: "Add",
     Act.ROTATE: "MatMul/Hadamard",
     Act.LINEAR: "MatMul",
+    Act.SPLIT: "Gather",
 }
 LINEARS = frozenset({"linear", "gemm", "conv", "conv_transpose", "matmul"})
-ABSORBERS = (Act.LINEAR, Act.ROTATE, Act.SCALE, Act.PERMUTE, Act.SHIFT)  # whose writers and readers are shown
+ABSORBERS = (
+    Act.LINEAR,
+    Act.ROTATE,
+    Act.SCALE,
+    Act.PERMUTE,
+    Act.SPLIT,
+    Act.SHIFT,
+)  # whose writers and readers are shown
 _BORDERS = ("graph input", "graph output")
 
 
@@ -199,7 +207,8 @@ def inspect(
         free = [s for s in of_act if s.admitted]
         by_act[act.value] = ActCount(len(of_act), len(free), sum(s.size for s in free))
     rows = [_row(acts, order) for acts in sets.values()]
-    rows.sort(key=lambda r: (order[r.tensors[0]], -len(r.tensors), r.tensors))
+    # what only a split tells apart comes last: it is no group of transforms
+    rows.sort(key=lambda r: ([*r.acts] == [Act.SPLIT.value], order[r.tensors[0]], -len(r.tensors), r.tensors))
     numbered = tuple(_number(row, i + 1) for i, row in enumerate(rows))
     linears, linears_with = _linears(graph, found)
     return Inspection(
@@ -290,7 +299,7 @@ def _lift(act: Act, blocker: Blocker) -> str | None:
         return None
     if blocker.value.dtype not in WIDE_FLOATS:
         return None
-    if act in MIXING and len(blocker.axes) > 1:
+    if (act in MIXING or act is Act.SPLIT) and len(blocker.axes) > 1:
         return None
     if act in (Act.ROTATE, Act.LINEAR) and blocker.axes[0] + 1 != (blocker.value.rank or 0):
         return None

@@ -47,6 +47,7 @@ computes. Then, for each act, the ports at which it is not refused:
 | shift | x + t |
 | rotate | Q x, Q orthogonal |
 | linear | M x, M invertible |
+| split | x_j becomes T_j channels; a constant that contracts them is divided by T_j |
 
 A port stands there if the row has an answer for a transform on some of its axes, for some operands. The
 mark after it says which:
@@ -79,6 +80,7 @@ _TITLES = {
     "reduction": "Reductions and pooling",
     "attention": "Attention",
     "rotation": "Rotations",
+    "reassembly": "Reassembled channels",
     "scan": "Recurrences",
     "quantization": "Quantisation",
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 from rich.box import ASCII_DOUBLE_HEAD, SIMPLE_HEAD
@@ -24,8 +24,13 @@ from planish.passes.manager import Report
 from planish.report.freedoms import Freedom, summary
 from planish.report.inspection import Inspection, Obstacle, SpaceRow
 from planish.report.mapping import Lint
+from planish.report.outliers import MASSIVE, Outliers
+from planish.report.results import Results
+from planish.report.sizes import KINDS
 
 PIPE_WIDTH = 160  # columns of a table in a pipe, where COLUMNS does not say
+WIDENS = "split"  # an act that is not free of cost: left out of sums unless it is asked for
+WORST = 8  # sites that are shown, unless all are asked for
 
 
 class Terminal:
@@ -119,6 +124,8 @@ def show_inspection(terminal: Terminal, found: Inspection, *, everything: bool, 
     root = _root(found)
     if act is not None:
         rows = [r for r in rows if act in r.acts]
+    elif not everything:
+        rows = [r for r in rows if [*r.acts] != [WIDENS]]
     table = terminal.table(
         "id",
         "times",
@@ -169,7 +176,7 @@ def _blocked(row: SpaceRow, everything: bool, only: str | None) -> str:
     """A line for each act, acts with the same blockers on one line: the first blocker and how many more."""
     groups: dict[tuple[str, ...], tuple[list[str], tuple[Obstacle, ...]]] = {}
     for act, obstacles in row.blockers.items():
-        if only in (None, act):
+        if only == act or (only is None and (everything or act != WIDENS)):
             texts = tuple(str(o) for o in obstacles)
             key = texts if everything else (texts[0], str(len(texts)))
             groups.setdefault(key, ([], obstacles))[0].append(act)
@@ -202,9 +209,9 @@ def _show_sums(terminal: Terminal, found: Inspection, only: str | None) -> None:
     groups = ", ".join(f"{name} {n}" for name, n in found.by_group.items())
     terminal.show(f"sets of tensors by what is free: {groups or 'none'}")
     if found.linears:
-        shares = ", ".join(f"{act} {n} of {found.linears}" for act, n in found.linears_with.items())
+        shares = ", ".join(f"{act} {n} of {found.linears}" for act, n in found.linears_with.items() if act != WIDENS)
         terminal.show(f"linears whose input takes the transform free of cost: {shares}")
-    top = [o for o in found.obstacles if only in (None, o[0])][:10]
+    top = [o for o in found.obstacles if only == o[0] or (only is None and o[0] != WIDENS)][:10]
     if top:
         table = terminal.table("times", "act", "op", "blocks because", right=("times",))
         for act_, op, reason, times in top:
@@ -243,8 +250,12 @@ def show_lint(terminal: Terminal, lint: Lint) -> None:
 # -- optimize, opt, verify -----------------------------------------------------------------------
 
 
-def show_report(terminal: Terminal, report: Report) -> None:
-    """What each pass did."""
+def show_report(terminal: Terminal, report: Report, *, everything: bool = False) -> None:
+    """What each pass did, and what became of the numbers.
+
+    Args:
+        everything: every site, and every reason for which a pass declined one with its places.
+    """
     table = terminal.table(
         "pass", "applied", "declined", "error", "seconds", right=("applied", "declined", "error", "seconds")
     )
@@ -254,8 +265,10 @@ def show_report(terminal: Terminal, report: Report) -> None:
         table.add_row(*_text(done.name, len(done.applied), declined or "", error, f"{done.seconds:.2f}"))
     terminal.show(table)
     for done in report.passes:
-        for line in _remarks(done):
+        for line in _remarks(done, everything):
             terminal.show(f"{done.name}: {line}")
+    if isinstance(report.results, Results):
+        show_results(terminal, report.results, everything=everything)
     if report.validated:
         terminal.show(f"exact passes were checked in float64 on {report.validated} sets of inputs")
     elif report.unchecked:
@@ -265,20 +278,86 @@ def show_report(terminal: Terminal, report: Report) -> None:
         terminal.show(left)
 
 
-def _remarks(done: PassReport) -> Iterator[str]:
+def _remarks(done: PassReport, everything: bool = False) -> Iterator[str]:
     if done.inserted:
         yield f"{done.inserted} ops inserted"
-    for reason, count in done.reasons().most_common(3):
-        where = done.declined[reason][0]
-        yield f"declined {count}: {reason}" + (f" (first: {where})" if where else "")
+    for reason, count in done.reasons().most_common(None if everything else 3):
+        places = done.declined[reason]
+        if everything:
+            yield f"declined {count}: {reason}" + (f" ({', '.join(filter(None, places))})" if any(places) else "")
+        else:
+            yield f"declined {count}: {reason}" + (f" (first: {places[0]})" if places[0] else "")
     if not done.applied:
-        yield from (f"nearest miss: {miss}" for miss in done.misses[:1])
+        yield from (f"nearest miss: {miss}" for miss in done.misses[: None if everything else 1])
     yield from done.notes
 
 
-def show_conversion(terminal: Terminal, done: Conversion, out: str) -> None:
+def show_results(terminal: Terminal, results: Results, *, everything: bool = False) -> None:
+    """Signal-to-noise ratios and outliers by site, the worst first, and the bytes by kind.
+
+    Args:
+        everything: every site, in the order of the graph.
+    """
+    sites = list(results.sites) if everything else results.worst(WORST)
+    known = [s for s in sites if (s.weight_db, s.activation_db, s.before, s.after) != (None,) * 4]
+    if known:
+        more = f", the worst {len(known)} of {len(results.sites)}" if len(known) < len(results.sites) else ""
+        columns = ("weight dB", "activation dB", "max / median", "kurtosis", "largest row", "sinks")
+        table = terminal.table("site", *columns, right=columns, title=f"signal to noise, and outliers{more}")
+        for site in known:
+            pair = site.before, site.after
+            table.add_row(
+                *_text(
+                    site.where,
+                    _number(site.weight_db),
+                    _number(site.activation_db),
+                    *(_change(pair, name) for name in ("ratio", "kurtosis", "row_ratio", "sinks")),
+                )
+            )
+        if len(known) > 1:
+            medians = results.medians()
+            ratios = (_number(medians.get(name)) for name in ("weight dB", "activation dB"))
+            changes = (_between(medians, name) for name in ("ratio", "kurtosis", "row_ratio"))
+            table.add_row(*_text("median of all", *ratios, *changes, ""))
+        terminal.show(table)
+        if any(s.before or s.after for s in known):
+            terminal.show(
+                "max / median: of the channels' largest magnitudes; largest row: norm over the median norm; "
+                f"sinks: rows above {MASSIVE:g} times the median"
+            )
+    before, after = results.before, results.after
+    parts = [
+        f"{kind} {_megabytes(getattr(before, kind))} -> {_megabytes(getattr(after, kind))}"
+        for kind in KINDS
+        if getattr(before, kind) or getattr(after, kind)
+    ]
+    bits = "" if results.bits_per_weight is None else f"; {results.bits_per_weight:.3g} bits per weight, scales counted"
+    if parts:
+        terminal.show(f"MB of constants: {', '.join(parts)}{bits}")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if abs(value) < 1e5 else f"{value:.2g}"
+
+
+def _change(pair: tuple[Outliers | None, Outliers | None], name: str) -> str:
+    """`before -> after`, or the one that is known."""
+    values = [getattr(seen, name) for seen in pair if seen is not None]
+    return " -> ".join(str(v) if isinstance(v, int) else _number(v) for v in values)
+
+
+def _between(medians: Mapping[str, float], name: str) -> str:
+    known = [medians[key] for key in (f"{name} before", f"{name} after") if key in medians]
+    return " -> ".join(map(_number, known))
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.3g}"
+
+
+def show_conversion(terminal: Terminal, done: Conversion, out: str, *, everything: bool = False) -> None:
     """The report of a conversion, and the sizes before and after."""
-    show_report(terminal, done.report)
+    show_report(terminal, done.report, everything=everything)
     if done.bytes_after is not None:
         before = f"{done.bytes_before / 1e6:.1f} MB -> " if done.bytes_before is not None else ""
         terminal.show(f"{out}: {before}{done.bytes_after / 1e6:.1f} MB, {done.seconds:.1f} s")
