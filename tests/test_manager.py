@@ -230,7 +230,7 @@ def test_the_report() -> None:
     with pytest.raises(KeyError):
         report["lower"]
     plain = report.as_dict()
-    assert list(plain) == ["passes", "seed", "validated", "unchecked", "freedoms"]
+    assert list(plain) == ["passes", "seed", "validated", "unchecked", "freedoms", "results"]
     assert plain["passes"][0]["applied"] == report.passes[0].applied
     assert all(p.seconds > 0 for p in report.passes)
     reasons = report.passes[1].reasons()

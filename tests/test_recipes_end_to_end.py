@@ -56,9 +56,9 @@ class Case:
 
 
 CASES = {
-    "w8a8-dynamic": Case(0.042, 9.1, "", 0.064, 0.9, ("shift-channels", "scale-channels")),
-    "w8a8-token": Case(0.032, 9.1, "", 0.047, 0.9, ("shift-channels", "scale-channels")),
-    "w8a8-static": Case(0.088, 9.1, "", 0.13, 0.9, ("shift-channels", "scale-channels")),
+    "w8a8-dynamic": Case(0.042, 9.1, "", 0.064, 0.9983, ("shift-channels", "scale-channels")),
+    "w8a8-token": Case(0.032, 9.1, "", 0.047, 0.9988, ("shift-channels", "scale-channels")),
+    "w8a8-static": Case(0.088, 9.1, "", 0.13, 0.997, ("shift-channels", "scale-channels")),
     "smoothquant": Case(0.034, 9.1, "", 0.046, 0.9953, ("scale-channels",)),
     "os-plus": Case(0.093, 9.1, "opt", 0.13, 0.9907, ("shift-channels", "scale-channels")),
     "outliertune": Case(0.12, 9.1, "opt", 0.13, 0.9903, ("shift-channels", "scale-channels")),
@@ -66,18 +66,18 @@ CASES = {
     "mambaquant": Case(0.028, 9.1, "mamba", 0.018, 0.9956, ("fold-norm-gain", "rotate-channels", "scale-channels")),
     "quamba": Case(0.51, 9.1, "mamba", 0.04, 0.9929, ("insert-hadamard",)),
     "repq-vit": Case(0.074, 9.1, "vit", 0.18, None, ("reparameterize-norm",)),
-    "w4a16": Case(0.81, 6, "", 0.94, 0.5, ()),
-    "w4a8": Case(0.81, 6, "", 0.99, 0.5, ()),
-    "w4a4": Case(1.6, 5.3, "", 1.5, 0.5, ()),
-    "w2a16": Case(1.2, 3.1, "", 1.3, 0.5, ()),
+    "w4a16": Case(0.81, 6, "", 0.94, 0.976, ()),
+    "w4a8": Case(0.81, 6, "", 0.99, 0.976, ()),
+    "w4a4": Case(1.6, 5.3, "", 1.5, 0.886, ()),
+    "w2a16": Case(1.2, 3.1, "", 1.3, 0.59, ()),
     "awq": Case(0.27, 4.8, "", 0.34, 0.9533, ("scale-channels",)),
     "smoothquant-plus": Case(0.29, 4.8, "", 0.35, 0.9501, ("scale-channels",)),
-    "gptq": Case(0.94, 4.7, "", 0.98, 0.5, ()),
+    "gptq": Case(0.94, 4.7, "", 0.98, 0.966, ()),
     "splitquant": Case(1.5, 5.8, "", 1.5, 0.7428, ("split-layers",)),
     "svdquant": Case(0.28, 17, "", 0.5, 0.958, ("extract-low-rank",)),
     "svdquant-nvfp4": Case(0.23, 17, "", 0.4, 0.974, ("extract-low-rank",)),
     "llm-int8": Case(0.03, 12, "", 0.042, 0.9993, ("extract-outliers",)),
-    "qllm": Case(0.93, 4.7, "", 1.1, 0.5, ("reassemble-channels",)),
+    "qllm": Case(0.93, 4.7, "", 1.1, 0.725, ("reassemble-channels",)),
 }
 
 

@@ -121,7 +121,7 @@ class Stats:
         """
         import numpy as np
 
-        from planish.ir.transform import Mix, Scale, Shift, apply
+        from planish.ir.transform import Mix, Scale, Shift, Split, apply
 
         record = self.channels.get(name)
         if record is None:
@@ -141,6 +141,8 @@ class Stats:
             square = record.mean_square * moved(np.ones_like(low)) ** 2
         elif isinstance(transform, Shift):
             square = (samples**2).mean(0)
+        elif isinstance(transform, Split):
+            square = moved(np.sqrt(record.mean_square)) ** 2
         else:
             square = moved(record.mean_square)
         self.channels[name] = replace(

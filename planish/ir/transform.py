@@ -193,9 +193,9 @@ def apply(
         case Split():
             if len(axes) != 1:
                 raise ValueError("channels on joint axes cannot be split")
-            full = transform.copies(atoms, count)
-            out = np.repeat(flat, full, axis=-1)
-            out = out if variance > 0 else out / np.repeat(full, full)
+            times = transform.copies(atoms, count)
+            out = np.repeat(flat, times, axis=-1)
+            out = out if variance > 0 else out / np.repeat(times, times)
             return np.moveaxis(out, -1, axes[0])
     return np.moveaxis(out.reshape(moved.shape), last, axes)
 

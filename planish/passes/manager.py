@@ -216,6 +216,7 @@ class Pipeline:
             report.passes.append(done)
             for instrument in instruments:
                 instrument.after(instance, graph, done)
-        for instrument in instruments if context.stats is not None else ():
-            instrument.statistics(None, graph, context.stats)
+        if context.stats is not None:
+            for instrument in instruments:
+                instrument.statistics(None, graph, context.stats)
         return graph, report

@@ -32,7 +32,7 @@ class Sizes:
         scales: scales and zero points.
         embeddings: tables that rows are looked up in, tied heads and scales of rows included.
         other: biases, gains, and whatever else is constant.
-        elements: the number of weights.
+        elements: of the weights, as they are held: a target that packs two into a byte counts bytes.
     """
 
     weights: int = 0
