@@ -44,6 +44,7 @@ bench: $(VENV)/.stamp-bench ## every measurement, peers beside planish in one ru
 	$(BIN)/python bench/zoo.py --peers
 	$(BIN)/python bench/gemma.py
 	$(BIN)/python bench/passes.py
+	$(BIN)/python bench/accuracy.py
 
 assets: $(VENV)/.stamp-dev ## fetch the real models and texts into the cache
 	$(BIN)/python bench/assets.py --all

@@ -371,4 +371,5 @@ def test_compare_recipes_on_a_model_of_ones_own(folder: Path, capsys: pytest.Cap
     np.savez(folder / "one.npz", x=np.load(folder / "data.npz")["x"][:2])
     with pytest.raises(AssertionError):
         example("compare_recipes.py", "model.onnx", "--calibrate", "one.npz")
-    assert capsys.readouterr().err == "error: data: one batch; expected two or more, to calibrate on and to compare on\n"
+    expected = "error: data: one batch; expected two or more, to calibrate on and to compare on\n"
+    assert capsys.readouterr().err == expected

@@ -7,7 +7,7 @@ import onnxruntime
 import pytest
 import torch
 from helpers import check_text
-from patterns import golden
+from patterns import Build, golden
 
 import planish
 from planish.calibrate.collect import collect
@@ -260,6 +260,34 @@ def test_with_split_weights() -> None:
     assert loud is not None
     assert [v.dtype for v in loud.operands if v is not None] == ["f32", "f32"]
     assert loud.operands[1] is after.values["a.weight.loud"]
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_linear_that_reads_another(mode: str) -> None:
+    """The second one reads the sum that the first has become."""
+    b = Build()
+    x = b.input("x", "f32[n, 3, 12]")
+    h = b("linear", x, b.random(8, 12), b.random(8))
+    graph = b.output(b("linear", h, b.random(8, 8)))
+    options = {"static": "count=2", "dynamic": "mode=dynamic threshold=1.5"}[mode]
+    after, report = Pipeline(f"extract-outliers{{{options}}}").run(graph, stats=collect(graph, batches()))
+    check_text(after)
+    assert len(report["extract-outliers"].applied) == 2
+    expected = evaluate(graph, batches(5)[0], torch.float64)
+    for name, value in evaluate(after, batches(5)[0], torch.float64).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_of_another_axis_choose_no_columns() -> None:
+    """A convolution reads the value too: what is known of it is by its channels, not by the linear's columns."""
+    b = Build()
+    h = b("relu", b.input("x", "f32[2, 4, 4, 4]"))
+    graph = b.output(b("conv", h, b.random(4, 4, 1, 1)), b("linear", h, b.random(6, 4)))
+    data = [{"x": torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))}]
+    stats = collect(graph, data)
+    assert stats.of("relu").axis == -3
+    _, report = Pipeline("extract-outliers{count=1}").run(graph, stats=stats)
+    assert report["extract-outliers"].reasons() == {"no statistics of what it reads": 1}
 
 
 def test_refusals() -> None:

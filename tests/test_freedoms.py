@@ -86,7 +86,8 @@ def test_before_rounding() -> None:
     """Quantised weights hide spaces: counted is what was there before."""
     graph = pre_norm()
     stats = statistics(graph)
-    result, report, _ = run_pipeline(graph, Pipeline("scale-channels,quantize{activations=uint8:tensor:static}"), calibration=stats)
+    pipeline = Pipeline("scale-channels,quantize{activations=uint8:tensor:static}")
+    result, report, _ = run_pipeline(graph, pipeline, calibration=stats)
     looked = {f["act"]: f["free"] for f in report.freedoms}
     assert looked["scale"] == by_act(freedoms(graph))["scale"].free
     assert by_act(freedoms(result))["scale"].free < looked["scale"]

@@ -541,3 +541,27 @@ def test_bias_correction_sees_rows_with_a_floor() -> None:
     for name, tensor in exact.items():
         assert float((got[name] - tensor).mean(0).abs().max()) <= 1e-9
     assert report.figures["activations"]["x"]["sqnr_db"] > 40
+
+
+@pytest.mark.parametrize("option", ["solver=gptq", "bias-correction=true"])
+def test_statistics_of_another_axis_are_not_rows(option: str) -> None:
+    """A convolution reads the value too, whose channels lie elsewhere: a linear's columns are unknown."""
+    b = Build()
+    h = b("relu", b.input("x", "f32[2, 4, 5, 6]"))
+    graph = b.output(b("conv", h, b.random(4, 4, 1, 1)), b("linear", h, b.random(3, 6), b.random(3)))
+    x = np.random.default_rng(0).normal(size=(2, 4, 5, 6)).astype(np.float32)
+    stats = collect(graph, [{"x": x}])
+    assert stats.of("relu").axis == -3
+    after, report = run(graph, option, stats)
+    check_text(after)
+    assert [line.partition(" ")[0] for line in report.applied] == ["conv", "linear"]
+
+
+def test_a_vector_by_groups() -> None:
+    """An activation of rank 1: its one axis is that of the groups, also where its error is told."""
+    b = Build()
+    graph = b.output(linear(b, b("relu", b.input("x", "f32[12]")), 4, "a"))
+    rows = np.random.default_rng(0).normal(size=(6, 12)).astype(np.float32)
+    after, report = run(graph, "activations=int4:g8", collect(graph, [{"x": row} for row in rows]))
+    check_text(after)
+    assert 10 < report.figures["activations"]["relu"]["sqnr_db"] < 40

@@ -7,7 +7,8 @@ stored with a leading axis of 1, K-major, and a Squeeze stands between:
     y = x Squeeze(DequantizeLinear(codes [1, K, N], scale [1, K / block, N]))
 
 Weights of 8 bits with one scale for each output, read with an activation that is quantised with one scale, keep the
-plain pair: there the optimiser makes an integer product of the same numbers.
+plain pair: there the optimiser makes an integer product of the same numbers. It makes one of fp8 codes too, which no
+kernel takes (the session does not load), so that those are set apart beside a dequantised activation.
 
 Tables are gathered as bytes and unpacked (`planish.codegen.tables`).
 """
@@ -19,7 +20,7 @@ import dataclasses
 from planish.codegen.ort_linears import source_of
 from planish.codegen.tables import gathered
 from planish.ir.graph import Graph, Node
-from planish.ir.qnodes import insert_dequantize, weight_of
+from planish.ir.qnodes import insert_dequantize, qtensor_of, weight_of
 from planish.ir.qtensor import QTensor
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.types import bits, is_float
@@ -32,10 +33,13 @@ def lower(graph: Graph, report: PassReport) -> None:
     """Rewrite in place; what is left as it was is written by the emission in standard operators too."""
     with Rewriter(graph) as rewriter:
         for node in list(graph.nodes):
-            if node.graph is None or node.op.name not in (*PRODUCTS, "embedding", "dequantize"):
+            if node.graph is None or node.op.name not in (*PRODUCTS, "conv", "embedding", "dequantize"):
                 continue
             try:
-                done = set_apart(node, rewriter) if node.op.name in PRODUCTS else gathered(node, rewriter)
+                if node.op.name == "conv":
+                    done = set_kernel_apart(node, rewriter)
+                else:
+                    done = set_apart(node, rewriter) if node.op.name in PRODUCTS else gathered(node, rewriter)
             except Declined as refusal:
                 report.decline(str(refusal), node)
                 continue
@@ -54,6 +58,12 @@ def integer_pair(node: Node, q: QTensor) -> bool:
     return plain and whole and bits(q.element) == 8 and not is_float(q.element)
 
 
+def float_pair(node: Node, q: QTensor) -> bool:
+    """True for float codes that DequantizeLinear reads, on either side, beside a dequantised activation."""
+    back = source_of(node.operands[0])
+    return back is not None and back.op.name in ("dequantize", "dequantize_split") and q.element != "f4e2m1"
+
+
 def apart(q: QTensor) -> QTensor:
     """A matrix [N, K] as [1, K, N]."""
     turned = q.transposed()
@@ -67,10 +77,35 @@ def apart(q: QTensor) -> QTensor:
     )
 
 
+def set_kernel_apart(node: Node, rewriter: Rewriter) -> bool:
+    """The same for a convolution of dequantised codes that are not integers of 8 bits on both sides."""
+    q, weight, back = qtensor_of(node.operand(1)), node.operand(1), source_of(node.operands[0])
+    if q is None or weight is None or back is None or back.op.name != "dequantize" or q.clusters is not None:
+        return False
+    codes = back.operands[0]
+    if q.element in ("i8", "u8") and codes is not None and codes.dtype in ("i8", "u8"):
+        return False
+    lead = 0 if q.block is None else 1
+    grown = dataclasses.replace(
+        q,
+        codes=q.codes[None],
+        axis=None if q.axis is None else q.axis + 1,
+        scale=q.scale[None] if lead else q.scale,
+        zero=q.zero[None] if lead and q.zero is not None else q.zero,
+    )
+    name = weight.name.removesuffix(".dequantized")
+    made = insert_dequantize(rewriter, grown, name, before=node, source=node.source, dtype=str(weight.dtype))
+    kernel = rewriter.insert("squeeze", [made], {"axes": (0,)}, before=node, source=node.source).result
+    rewriter.set_operand(node, 1, kernel)
+    return True
+
+
 def set_apart(node: Node, rewriter: Rewriter) -> bool:
     """Put a Squeeze between a product and its dequantised weight; False if there is none, or it may stay."""
     q, weight = weight_of(node), node.operands[1]
-    if q is None or weight is None or is_float(q.element) or q.clusters is not None or integer_pair(node, q):
+    if q is None or weight is None or q.clusters is not None or integer_pair(node, q):
+        return False
+    if is_float(q.element) and not float_pair(node, q):
         return False
     if q.group_index is not None or q.codes.ndim != 2:
         return False

@@ -17,7 +17,7 @@ What its kernels reward, measured (docs/targets.md):
 
 from __future__ import annotations
 
-from planish.codegen.lower_onnx import PRODUCTS, set_apart
+from planish.codegen.lower_onnx import PRODUCTS, set_apart, set_kernel_apart
 from planish.codegen.ort_attention import attention, attention_opset
 from planish.codegen.ort_linears import Form, integer_linear
 from planish.codegen.ort_residual import residual
@@ -46,11 +46,14 @@ def lower(
         shared: Shared = {}
         narrow = opset is None or opset >= INT4_OPSET
         for node in list(graph.nodes):
-            if node.graph is None or node.op.name not in (*PRODUCTS, "embedding", "dequantize"):
+            if node.graph is None or node.op.name not in (*PRODUCTS, "conv", "embedding", "dequantize"):
                 continue
             try:
-                if node.op.name == "linear":
+                if node.op.name == "conv":
+                    done = set_kernel_apart(node, rewriter)
+                elif node.op.name == "linear":
                     done = _linear(node, rewriter, rows, shared, report, form, level, narrow)
+                    done = done or set_apart(node, rewriter)
                 elif node.op.name in PRODUCTS:
                     done = set_apart(node, rewriter)
                 else:

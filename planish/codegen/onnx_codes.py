@@ -47,7 +47,7 @@ def held(e: Emission, dtype: str) -> str:
 def widened(e: Emission, data: Constant) -> Constant:
     """A constant in the dtype in which such codes are computed: itself where that is its own."""
     numbers = data.dtype in RANGES or is_float(data.dtype)
-    return _as(data, held(e, data.dtype)) if numbers and bits(data.dtype) <= 8 else data
+    return as_dtype(data, held(e, data.dtype)) if numbers and bits(data.dtype) <= 8 else data
 
 
 def check_public(node: Node, e: Emission) -> None:
@@ -81,8 +81,16 @@ def codes_of(node: Node, e: Emission, value: Value) -> tuple[str, str]:
         return e.name(value), held(e, dtype)
     stored = _STORED.get(dtype, dtype)
     if native(e, stored):
-        return e.weight(_as(data, stored), f"{e.name(value)}_{stored}", key=(value, stored)), stored
-    return look_up(e, _as(data, stored), e.name(value), (value, "numbers")), "f32"
+        return e.weight(as_dtype(data, stored), f"{e.name(value)}_{stored}", key=(value, stored)), stored
+    return look_up(e, as_dtype(data, stored), e.name(value), (value, "numbers")), "f32"
+
+
+def gathered_as(e: Emission, table: Value | None) -> str | None:
+    """The dtype in which a constant table lies in the model, where ONNX's Gather does not take its own; else None."""
+    if table is None or table.constant is None or table.is_input or not native(e, table.dtype):
+        return None
+    dtype = str(table.dtype)
+    return "f16" if is_float(dtype) else f"{dtype[0]}8" if bits(dtype) < 8 else None
 
 
 def dim_of(value: Value, axis: int) -> Dim:
@@ -90,7 +98,8 @@ def dim_of(value: Value, axis: int) -> Dim:
     return value.type.dim(axis) if isinstance(value.type, TensorType) else None
 
 
-def _as(data: Constant, dtype: str) -> Constant:
+def as_dtype(data: Constant, dtype: str) -> Constant:
+    """The numbers of a constant in another dtype."""
     array = data.array()
     wide = array.astype(np.float32) if is_float(dtype) else array.astype(np.int32)
     return data if dtype == data.dtype else Constant(wide.astype(numpy_dtype(dtype)), dtype, data.shape)

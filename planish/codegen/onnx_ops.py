@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from planish.codegen import (  # noqa: F401  register their emitters
+    onnx_codes,
     onnx_decompose,
     onnx_lookup,
     onnx_quantised,
@@ -152,8 +153,14 @@ def _slice(node: Node, e: Emission) -> None:
 
 @emitter("gather", "embedding")
 def _gather(node: Node, e: Emission) -> None:
-    axis = unless(get(node, "axis") or 0, 0)
-    e.add("Gather", operands(node, e), e.outputs(node), axis=axis)
+    axis, table = unless(get(node, "axis") or 0, 0), node.operands[0]
+    wide = onnx_codes.gathered_as(e, table)
+    if table is None or table.constant is None or wide is None:
+        e.add("Gather", operands(node, e), e.outputs(node), axis=axis)
+        return
+    held = e.weight(onnx_codes.as_dtype(table.constant, wide), f"{e.name(table)}_{wide}", key=(table, wide))
+    found = e.add("Gather", [held, e.name(node.operands[1])], axis=axis)
+    e.add("Cast", [found], e.outputs(node), to=onnx_enum(table.dtype or wide))
 
 
 @emitter("unsqueeze", "squeeze")

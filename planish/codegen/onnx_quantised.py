@@ -33,7 +33,10 @@ from planish.ir.constant import Constant
 from planish.ir.graph import Node, Value
 from planish.ir.ops.codes import RANGES
 from planish.ir.ops.quantization import by_format, result_dtype
-from planish.ir.types import WIDE_FLOATS, Shape, is_float, numpy_dtype, onnx_enum
+from planish.ir.types import WIDE_FLOATS, Shape, bits, is_float, numpy_dtype, onnx_enum
+
+
+_MOVES = ("reshape", "transpose", "squeeze", "unsqueeze", "flatten", "identity")
 
 
 def _layout(node: Node, e: Emission) -> tuple[int | None, int | None]:
@@ -48,7 +51,17 @@ def _layout(node: Node, e: Emission) -> tuple[int | None, int | None]:
 
 def _fits(e: Emission, axis: int | None, block: int | None, shape: Shape) -> bool:
     """True if the operators of the opset read scales of that shape that lie so."""
-    return e.opset >= BLOCK_OPSET if block is not None else axis is not None or shape in ((), (1,))
+    if block is not None:  # ONNX Runtime has no blocks of a vector
+        return e.opset >= BLOCK_OPSET and shape is not None and len(shape) > 1
+    return axis is not None or shape in ((), (1,))
+
+
+def _is_clipped(x: Value) -> bool:
+    """True if a value comes from a Clip, whatever moves its elements on the way."""
+    node = x.producer
+    while node is not None and node.op.name in _MOVES and node.operands[0] is not None:
+        node = node.operands[0].producer
+    return node is not None and node.op.name == "clip"
 
 
 @emitter("quantize")
@@ -58,11 +71,13 @@ def _quantize(node: Node, e: Emission) -> None:
     assert x is not None and scale is not None
     check_public(node, e)
     factor = scale_of(e, scale, x.dtype or "f32")
-    if native(e, dtype) and _fits(e, axis, block, scale.shape):
+    # what ONNX Runtime's optimiser would spoil: it drops a Relu in front of fp8, and fails at a Clip in front of int4
+    hidden = e.opset < BLOCK_OPSET if is_float(dtype) else bits(dtype) < 8 and _is_clipped(x)
+    if native(e, dtype) and _fits(e, axis, block, scale.shape) and not hidden:
         operands, own = [e.name(x), factor], None
         if zero is not None:
             operands.append(codes_of(node, e, zero)[0])
-        elif block is not None:
+        elif block is not None or (is_float(dtype) and e.opset >= BLOCK_OPSET):
             own = onnx_enum(dtype)
         else:
             shape = tuple(int(d) for d in scale.shape or ())  # type: ignore[arg-type]

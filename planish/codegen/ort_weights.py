@@ -94,6 +94,8 @@ def block_linear(node: Node, rewriter: Rewriter, level: int | None, shared: Shar
     if parts is None:
         keys = {"B": "codes", "scales": "scale", "zero_points": "zero", "g_idx": "index"}
         parts = {k: array_operand(packed, k, f"{name}.{suffix}", node, rewriter) for k, suffix in keys.items()}
+    if level == FAST_LEVEL:
+        parts = {**parts, "scales": _constant_scales(parts["scales"], f"{name}.scale", rewriter)}
     arrays = [parts.get(key) for key in ("B", "scales", "zero_points", "g_idx")]
     operands = [x, *arrays, _bias(node, rewriter)]
     while operands[-1] is None:
@@ -104,6 +106,14 @@ def block_linear(node: Node, rewriter: Rewriter, level: int | None, shared: Shar
     )  # fmt: skip
     rewriter.replace_node(node, made.result)
     return True
+
+
+def _constant_scales(scales: Value | None, name: str, rewriter: Rewriter) -> Value | None:
+    """Scales in f32 without a cast: at level 4 the kernel is wrong (no error) where no optimiser folded it."""
+    narrow = scales.producer.operands[0] if scales is not None and scales.producer is not None else None
+    if narrow is None or narrow.constant is None:
+        return scales
+    return rewriter.constant(Constant(narrow.constant.wide(), "f32", narrow.constant.shape), name)
 
 
 def slow_level(node: Node) -> bool:

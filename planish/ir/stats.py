@@ -96,6 +96,14 @@ class Stats:
             )
         return self.channels[name]
 
+    def along(self, name: str, axis: int = -1) -> ChannelStats | None:
+        """The statistics of a value by channels of one axis (negative); None: there are none, or of another axis.
+
+        What a convolution and a linear both read has those of one of them.
+        """
+        record = self.channels.get(name)
+        return record if record is not None and record.axis == axis else None
+
     def copy(self) -> Stats:
         return Stats(dict(self.channels), dict(self.source))
 

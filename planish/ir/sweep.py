@@ -76,6 +76,7 @@ class Sweep:
         self._done: set[Node] = set() if targets is None else _beside(graph, targets)
         self._fixed: dict[Node, bool] = {}
         self._moments: dict[Value, torch.Tensor] = {}
+        self._stand_for: dict[Value, Value] = {}
         self.held = self.peak = self._size()
 
     # -- questions -------------------------------------------------------------------------------
@@ -97,12 +98,19 @@ class Sweep:
                 self.row_mask.start(batch)
             yield rows_of(value, tensor, axis, self.row_mask)
 
-    def second_moment(self, value: Value, axis: int = -1) -> torch.Tensor:
+    def second_moment(self, value: Value, axis: int = -1, *, stands_for: Value | None = None) -> torch.Tensor:
         """(2 / T) X^T X over the T rows of all batches, float64 [C, C]: the Hessian of |X W^T|^2 / T.
 
         Products of up to 4096 rows are summed in float32, those sums in float64. It is kept while the value is.
+
+        Args:
+            stands_for: what the value (its rounding, say) takes the place of, reader by reader: kept while that has
+                readers to come.
         """
         import torch
+
+        if stands_for is not None and stands_for is not value:
+            self._stand_for[value] = stands_for
 
         if value in self._moments:
             return self._moments[value]
@@ -144,7 +152,7 @@ class Sweep:
         wanted = [v for node in window for v in node.results if v is value or any(u not in done for u in v.users)]
         read = {v for node in window for v in node.operands if v is not None and v in self._tensors}
         made: dict[Value, list[Any]] = {v: [] for v in wanted}
-        leaving = [v for v in read if all(u in done for u in v.users)]
+        leaving = [v for v in read if self._is_left(v, done)]
         for index in range(len(self.batches)):
             environment = {**fixed, **{v: self._tensors[v][index] for v in read}}
             found = evaluate_nodes(window, environment, wanted, wide)
@@ -155,12 +163,17 @@ class Sweep:
                 self._tensors[left][index] = None
         self._tensors.update(made)
         self._done |= set(window)
-        for left in [v for v in self._tensors if v is not value and all(u in self._done for u in v.users)]:
+        for left in [v for v in self._tensors if v is not value and self._is_left(v, self._done)]:
             del self._tensors[left]
         for left in [v for v in self._moments if v not in self._tensors]:
             del self._moments[left]
         self.held = self._size()
         self.peak = max(self.peak, self.held)
+
+    def _is_left(self, value: Value, done: Collection[Node]) -> bool:
+        """True if every reader of a value is done, and every reader of what it stands for."""
+        source = self._stand_for.get(value)
+        return all(u in done for v in (value, source) if v is not None for u in v.users)
 
     def _window(self, value: Value) -> tuple[list[Node], dict[Node, None]]:
         """What to run for a value, in topological order; and those of its ancestors that read constants alone."""

@@ -144,7 +144,7 @@ class ExtractLowRank(Pass):
             raise Declined(f"its operands are {x.dtype} and {weight.dtype}; expected the same float")
         if min(weight.constant.shape) <= self.rank:
             raise Declined(f"its weight has no more than {self.rank} rows or columns")
-        if x.name not in stats or stats.of(x.name).axis != -1:
+        if stats.along(x.name) is None:
             raise Declined("no statistics of what it reads")
         require_finite(weight, node)
 

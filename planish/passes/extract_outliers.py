@@ -93,8 +93,10 @@ class ExtractOutliers(Pass):
                 continue
             sites.setdefault(x, []).append(node)
         with Rewriter(graph) as rewriter:
-            for x, readers in sites.items():
+            for readers in sites.values():
                 before = len(graph)
+                x = readers[0].operands[0]  # it may have become a sum: what wrote it has been given a branch
+                assert x is not None
                 try:
                     if not is_float(x.dtype):
                         raise Declined(f"reads {x.dtype}; expected floats", x)
@@ -112,9 +114,9 @@ class ExtractOutliers(Pass):
         return report
 
     def _static(self, x: Value, readers: list[Node], rewriter: Rewriter, report: PassReport, stats: Stats) -> None:
-        if x.name not in stats:
+        record = stats.along(x.name)
+        if record is None:
             raise Declined("no statistics of what it reads")
-        record = stats.of(x.name)
         columns = choose_columns(record, self.threshold, self.rows, self.count, self.fraction)
         width = len(record.minimum)
         if not len(columns):
@@ -178,8 +180,9 @@ class ExtractOutliers(Pass):
         columns = insert("nonzero", [hit], "columns")
         quiet = insert("where", [hit, scalar(0.0, "nothing"), x], "quiet")
         loud = insert("gather", [x, columns], "loud", axis=-1)
-        if stats is not None and x.name in stats:
-            record = stats.of(x.name)  # a column below the threshold stays as it is, in other batches all do
+        record = stats.along(x.name) if stats is not None else None
+        if stats is not None and record is not None:
+            # a column below the threshold stays as it is, in other batches all do
             still = record.keep(record.largest < self.threshold)
             low, high = (v.clip(-self.threshold, self.threshold) for v in (record.minimum, record.maximum))
             stats.channels[quiet.name] = replace(still, minimum=low, maximum=high)

@@ -65,9 +65,10 @@ class IsolateOutliers(Pass):
         chain = chain_before(reader)
         if chain is None:
             return "", 0
-        if chain.read.name not in stats:
+        record = stats.along(chain.read.name)
+        if record is None:
             raise Declined("no statistics of what it reads", reader)
-        largest = stats.of(chain.read.name).largest
+        largest = record.largest
         chosen = choose_outliers(largest, self.count, self.ratio)
         if not len(chosen):
             raise Declined("its channels are of like size", reader)

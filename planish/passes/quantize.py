@@ -176,7 +176,8 @@ class _Work:
             return False
         self.check(node, x, weight)
         stats = self.context.stats
-        samples = stats.of(x.name).samples if stats is not None and x.name in stats else None
+        record = stats.along(x.name) if stats is not None else None
+        samples = record.samples if record is not None else None
         correcting = self.options.bias_correction and samples is not None and node.op.name == "linear"
         exact = weight_matrix(node) if correcting and weight.is_constant else None
         read = x if self.activations is None else self.activations.of(x, node)

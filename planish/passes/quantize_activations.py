@@ -171,8 +171,14 @@ def as_read(samples: np.ndarray, x: Value, dequantised: Value) -> np.ndarray:
         if node is not None and node not in nodes:
             nodes.append(node)
             waiting += [v.producer for v in node.operands if v is not None and v is not x]
-    rank = x.rank if x.rank is not None and x.rank > 2 else 2
-    rows = torch.from_numpy(samples.reshape((1,) * (rank - 2) + samples.shape))
-    found = evaluate_nodes(nodes[::-1], {x: rows}, [dequantised], Wide(torch.float64))
-    result: np.ndarray = found[dequantised].numpy().reshape(samples.shape)
-    return result
+
+    def seen(rows: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = evaluate_nodes(nodes[::-1], {x: rows}, [dequantised], Wide(torch.float64))[dequantised]
+        return found
+
+    rows = torch.from_numpy(samples)
+    if x.rank == 1:  # a row is all of it
+        result: np.ndarray = torch.stack([seen(row) for row in rows]).numpy()
+        return result
+    rank = x.rank if x.rank is not None else 2
+    return seen(rows.reshape((1,) * (rank - 2) + samples.shape)).numpy().reshape(samples.shape)

@@ -56,10 +56,11 @@ class Inputs:
     def second_moment(self, value: Value, read: Value) -> torch.Tensor | None:
         """H of an activation of the float graph, which the linear now reads as `read`; float64. None: unknown."""
         if self.sweep is not None:
-            return self.sweep.second_moment(read if self.quantised else self.sweep.graph.values[value.name])
-        if self.stats is None or value.name not in self.stats:
-            return None
-        return torch.from_numpy(hessian(self.stats.of(value.name).samples))
+            if self.quantised:
+                return self.sweep.second_moment(read, stands_for=value)
+            return self.sweep.second_moment(self.sweep.graph.values[value.name])
+        record = self.stats.along(value.name) if self.stats is not None else None
+        return None if record is None else torch.from_numpy(hessian(record.samples))
 
 
 def hessian(samples: np.ndarray) -> np.ndarray:

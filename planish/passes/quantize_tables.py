@@ -19,6 +19,7 @@ from planish.ir.graph import Attribute, Node, Value
 from planish.ir.qnodes import insert_dequantize
 from planish.ir.qtensor import QTensor
 from planish.ir.rewriter import Rewriter
+from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import PassReport, place
 from planish.passes.quantize_weights import by_columns, round_rows, weight_sqnr
 from planish.passes.solvers import Clip
@@ -71,7 +72,8 @@ def look_up(rewriter: Rewriter, dequantised: Value, node: Node, hint: str) -> Va
             return look_up(rewriter, held, node, name)
         if held.rank == 1:  # a vector along the rows
             assert held.constant is not None
-            column = Constant(held.constant.wide()[:, None], held.constant.dtype, (held.constant.shape[0], 1))
+            data = held.constant.wide() if held.dtype in WIDE_FLOATS else held.constant.array()
+            column = Constant(data[:, None], held.constant.dtype, (held.constant.shape[0], 1))
             held = rewriter.constant(column, f"{held.name}.column")
         names = [name]
         return rewriter.insert("embedding", [held, ids], before=node, names=names, source=node.source).result

@@ -112,9 +112,8 @@ class SplitLayers(Pass):
                     continue
                 try:
                     check_chain(chain, graph)
-                    known = stats is not None and chain.read.name in stats
-                    largest = stats.of(chain.read.name).largest if stats is not None and known else None
-                    parts = choose_parts(largest, chain.channels, self.clusters)
+                    record = stats.along(chain.read.name) if stats is not None else None
+                    parts = choose_parts(record.largest if record else None, chain.channels, self.clusters)
                     if len(parts) < 2:
                         raise Declined("its channels are of like size", node)
                 except Declined as refusal:

@@ -1,0 +1,207 @@
+"""What quantisation costs real models in accuracy, beside the other quantisers, and what each pass contributes.
+
+    python bench/accuracy.py [--quick] [--json FILE] [--only KEY ...] [--no-peers] [--no-ablation] [--keep DIR]
+
+Gemma 3 270M: perplexity on 42 windows of 512 tokens of the Brown corpus over that of float in the same run, and the KL
+divergence from float's logits. Every linear of its blocks is quantised; the embedding, which is the head too, stays in
+float in every row, planish's and the peers'. MiniLM-L6: cosine of mean-pooled embeddings to float's on 500 sentences
+of Brown, WordSim353, and retrieval of WordNet definitions (MRR). Each row of planish is a recipe, in the formats that
+the row names, calibrated twice: on Wikipedia articles 1 to 39, and on random tokens, bad on purpose.
+
+bits    per weight of the quantised linears: codes, scales, zero points, cluster ids, float branches (16 bits)
+without the figure of the same recipe with one pass or option left out (fewer windows; in the table beside the
+        recipe's own figure on those)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+os.environ.setdefault("PYTHONHASHSEED", "0")
+import accuracy_rows as rows
+import assets
+from accuracy_encoder import Encoder
+from accuracy_gemma import Gemma, bits_per_weight
+from common import Outcome, Target, arguments, note, table
+
+SOURCES = ("wikipedia", "random")
+Model = Gemma | Encoder
+
+
+def quantised(model: Model, row: rows.Row, source: str, left_out: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The graph of a row and what its passes did."""
+    import planish
+
+    passes = planish.Pipeline(row.passes(left_out))
+    stats = model.stats(source) if any(p.needs_stats for p in passes.passes) else None
+    mask = None if isinstance(model, Gemma) else "attention_mask"
+    start = time.perf_counter()
+    graph, report = passes.run(model.graph, stats=stats, data=model.batches(source), row_mask=mask, validate=False)
+    done = {p.name: {"applied": len(p.applied), "declined": dict(p.reasons()), "misses": p.misses} for p in report.passes}
+    return graph, {"pipeline": str(passes), "seconds": time.perf_counter() - start, "passes": done}
+
+
+def measure(model: Model, row: rows.Row, source: str) -> dict[str, Any]:
+    """The figures of a row calibrated on one source."""
+    graph, figures = quantised(model, row, source)
+    start = time.perf_counter()
+    figures.update(asdict(model.judge_graph(graph)), bits=bits_per_weight(graph, model.weights))
+    note(f"{row.model} {row.key} {source}: {headline(figures)}, {figures['seconds']:.0f} s + {time.perf_counter() - start:.0f} s")
+    return figures
+
+
+def ablate(model: Model, row: rows.Row) -> dict[str, float]:
+    """The figure of a row and of what is left of it without each pass, on the short evaluation; Wikipedia."""
+    found = {}
+    for label in (None, *row.without):
+        graph, _ = quantised(model, row, SOURCES[0], label)
+        judged = model.judge_graph(graph, model.short) if isinstance(model, Gemma) else model.judge_graph(graph, True)
+        found[label or "all"] = judged.ratio if hasattr(judged, "ratio") else judged.cosine
+        note(f"{row.model} {row.key} without {label}: {found[label or 'all']:.4f}")
+    return found
+
+
+def headline(figures: dict[str, Any]) -> str:
+    name = "ratio" if "ratio" in figures else "cosine"
+    return f"{name} {figures[name]:.4f}"
+
+
+def run_rows(model: Model, wanted: list[rows.Row], ablation: bool, figures: dict[str, Any], save: Any) -> None:
+    """Measure rows into `figures`."""
+    for row in wanted:
+        name = f"{row.model} {row.key}"
+        figures[name] = {"bound": row.bound, "recipe": row.recipe}
+        for source in SOURCES:
+            figures[name][source] = measure(model, row, source)
+            save()
+        if ablation and row.without:
+            figures[name]["without"] = ablate(model, row)
+            save()
+
+
+def targets(figures: dict[str, Any]) -> list[Target]:
+    """The bounds: on the mean over both calibration sets, whose spread stands in the table."""
+    found = []
+    for name, row in figures.items():
+        if row.get("bound") is None:
+            continue
+        key = "ratio" if name.startswith("gemma") else "cosine"
+        value = mean(row[source][key] for source in SOURCES)
+        found.append(Target(f"{name} {key}", value, row["bound"], at_most=key == "ratio"))
+    return found
+
+
+def peer_targets(figures: dict[str, Any], peers: dict[str, Any]) -> list[Target]:
+    """In no row a peer is better at equal or fewer bits: the best such peer's figure is the bound."""
+    found = []
+    for name, row in figures.items():
+        if row.get("bound") is None:
+            continue
+        lower = name.startswith("gemma")
+        key = "ratio" if lower else "cosine"
+        bits = row[SOURCES[0]]["bits"]
+        rivals = {
+            peer: held[key]
+            for peer, held in peers.items()
+            if held.get("rows") and name in held["rows"] and held.get(key) is not None and held["bits"] <= bits + 1e-6
+        }
+        if rivals:
+            best = (min if lower else max)(rivals, key=lambda peer: rivals[peer])
+            value = row[SOURCES[0]][key]
+            found.append(Target(f"{name} against {best}", value, rivals[best], at_most=lower))
+    return found
+
+
+def spread(row: dict[str, Any], key: str) -> str:
+    held = [row[source][key] for source in SOURCES]
+    return f"{mean(held):.4f} +-{(max(held) - min(held)) / 2:.4f}"
+
+
+def show(figures: dict[str, Any], floats: dict[str, Any], peers: dict[str, Any]) -> None:
+    """The two tables: a model each."""
+    for model, key, others in (("gemma", "ratio", ("kl",)), ("minilm", "cosine", ("worst", "wordsim", "mrr"))):
+        if model not in floats:
+            continue
+        lines = [["float", "32", *("" if k not in floats[model] else f"{floats[model][k]:.4g}" for k in (key, *others)), "", ""]]
+        for name, row in figures.items():
+            if not name.startswith(model):
+                continue
+            bits = f"{row[SOURCES[0]]['bits']:.2f}"
+            own = " ".join(f"{k} {v:.4f}" for k, v in row.get("without", {}).items())
+            lines.append(
+                [
+                    f"planish {name.partition(' ')[2]}",
+                    bits,
+                    *(spread(row, k) for k in (key, *others)),
+                    "" if row["bound"] is None else f"{row['bound']:g}",
+                    own,
+                ]
+            )
+        for peer, held in peers.items():
+            if held["model"] == model:
+                shown = [f"{held[k]:.4f}" if held.get(k) is not None else "" for k in (key, *others)]
+                lines.append([peer, f"{held['bits']:.2f}" if "bits" in held else "", *shown, "", held.get("note", "")])
+        table(model, [model, "bits", key, *others, "target", "without"], lines)
+
+
+def main() -> int:
+    options = arguments(
+        __doc__.splitlines()[0],
+        only={"nargs": "+", "metavar": "KEY", "help": "only the rows whose key holds one of these"},
+        no_peers={"action": "store_true", "help": "planish alone"},
+        no_ablation={"action": "store_true", "help": "nothing is left out in turn"},
+        keep={"type": Path, "metavar": "DIR", "help": "keep graphs and statistics in DIR, and use what is there"},
+    )
+    warnings.simplefilter("ignore")
+    try:
+        return compare(options)
+    except assets.AssetError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def compare(options: Any) -> int:
+    figures: dict[str, Any] = {}
+    floats: dict[str, Any] = {}
+    peers: dict[str, Any] = {}
+    if options.keep is not None:
+        options.keep.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        if options.json is not None:
+            options.json.write_text(json.dumps({"partial": figures, "peers": peers}, indent=1, default=float) + "\n")
+
+    for kind, listed in ((Encoder, rows.MINILM), (Gemma, rows.GEMMA)):
+        wanted = [r for r in listed if not options.only or any(o in f"{r.model} {r.key}" for o in options.only)]
+        if not wanted:
+            continue
+        model: Model = kind(options.quick, options.keep)
+        if isinstance(model, Gemma):
+            every = range(len(model.tokens))
+            floats["gemma"] = {"perplexity": model.perplexity(every), "ratio": 1.0, "kl": 0.0}
+        else:
+            floats["minilm"] = asdict(model.float)
+        run_rows(model, wanted, not options.no_ablation and not options.quick, figures, save)
+        if not options.no_peers:
+            import accuracy_peers
+
+            peers.update(accuracy_peers.measure(model, options.quick))
+            save()
+        del model
+    show(figures, floats, peers)
+    outcome = Outcome("accuracy", {"float": floats, "rows": figures, "peers": peers})
+    outcome.targets = [*targets(figures), *peer_targets(figures, peers)]
+    return outcome.finish(options.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
