@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Run = Callable[[encoder.Inputs], np.ndarray]
 JUDGED, QUICK_JUDGED = 500, 100  # sentences of Brown
-CALIBRATION_SENTENCES, QUICK_CALIBRATION = 256, 64
+CALIBRATION_SENTENCES = 256
 EXAMPLES = 200
 
 
@@ -48,7 +48,7 @@ class Encoder:
         self.path = assets.minilm_onnx()
         self.keep = keep
         self.sentences = assets.sentences("judge", QUICK_JUDGED if quick else JUDGED)
-        count = QUICK_CALIBRATION if quick else CALIBRATION_SENTENCES
+        count = CALIBRATION_SENTENCES
         self.calibration = {"wikipedia": encoder.calibration(count), "random": encoder.bad_calibration(count)}
         self.graph, _ = planish.Pipeline("raise").run(planish.capture(self.path), validate=False)
         self.weights = linear_weights(self.graph)

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from planish import Graph, Stats
 
 LENGTH, CHUNK = gemma.LENGTH, 128
-WINDOWS, QUICK_WINDOWS = 42, 4  # of 512 tokens: 42 are 21,462 predicted tokens
+WINDOWS, QUICK_WINDOWS = 40, 4  # of 512 tokens: 40 are 20,440 predicted tokens
 KL_WINDOWS, SHORT_WINDOWS = 4, 8  # for the divergence; for ablations
-CALIBRATION_WINDOWS = 16
+CALIBRATION_WINDOWS, SAMPLED = 16, 512  # rows that statistics keep of each value
 SEED = 0
 Hidden = Callable[["torch.Tensor"], "torch.Tensor"]
 
@@ -76,7 +76,7 @@ class Gemma:
     """The model, its calibration data, and the float run that all is compared with.
 
     Args:
-        quick: fewer windows.
+        quick: judge on fewer windows.
         keep: a folder for the raised graph and the statistics, read if they are there.
     """
 
@@ -93,10 +93,9 @@ class Gemma:
         model = gemma.load(self.folder)
         self.head = model.get_output_embeddings().weight.detach()
         self.vocabulary = len(self.head)
-        count = 4 if quick else CALIBRATION_WINDOWS
         self.calibration = {
-            "wikipedia": gemma.windows(self.folder, "wikipedia", count),
-            "random": random_windows(count, self.vocabulary),
+            "wikipedia": gemma.windows(self.folder, "wikipedia", CALIBRATION_WINDOWS),
+            "random": random_windows(CALIBRATION_WINDOWS, self.vocabulary),
         }
         self.graph = self._captured(model)
         self.weights = sum(w.numel() for n, w in model.model.layers.named_parameters() if w.dim() == 2)
@@ -105,7 +104,8 @@ class Gemma:
             hidden = [model.model(input_ids=row[None], use_cache=False).last_hidden_state[0] for row in self.tokens]
         self.float_hidden = torch.stack(hidden)
         self.float_losses = torch.tensor([self._loss(h, row) for h, row in zip(hidden, self.tokens, strict=True)])
-        note(f"gemma: float, perplexity {self.perplexity(range(len(self.tokens))):.3f}, {time.perf_counter() - start:.0f} s")
+        seconds = time.perf_counter() - start
+        note(f"gemma: float, perplexity {self.perplexity(range(len(self.tokens))):.3f}, {seconds:.0f} s")
         self._stats: dict[str, Stats] = {}
 
     def perplexity(self, rows: Sequence[int]) -> float:
@@ -123,12 +123,12 @@ class Gemma:
 
         if source not in self._stats:
             count = len(self.calibration[source])
-            path = None if self.keep is None else self.keep / f"gemma-{source}-{count}.stats"
+            path = None if self.keep is None else self.keep / f"gemma-{source}-{count}-{SAMPLED}.stats"
             if path is not None and path.exists():
                 self._stats[source] = Stats.load(path)
             else:
                 start = time.perf_counter()
-                self._stats[source] = planish.collect(self.graph, self.batches(source))
+                self._stats[source] = planish.collect(self.graph, self.batches(source), rows=SAMPLED)
                 note(f"gemma: statistics of {count} windows, {source}, {time.perf_counter() - start:.0f} s")
                 if path is not None:
                     self._stats[source].save(path)
@@ -212,9 +212,10 @@ class Gemma:
 def bits_per_weight(graph: Graph, weights: int) -> float:
     """Bits that a graph spends on what were `weights` weights: codes, scales, zero points, cluster ids, float branches.
 
-    Scales count as they are stored; float weights (branches, outlier columns) as 16 bits.
+    Every float (scales, float zero points, branches, outlier columns) counts 16 bits, as the peers' do.
     """
     from planish.ir.qnodes import weight_of
+    from planish.ir.types import bits
 
     total, seen = 0.0, set()
     for node in graph.nodes:
@@ -224,7 +225,9 @@ def bits_per_weight(graph: Graph, weights: int) -> float:
         seen.add(weight)
         q = weight_of(node)
         if q is not None:
-            total += q.bits * q.codes.size
+            shorter = 0 if q.scale_dtype.startswith("f8") else bits(q.scale_dtype) - 16
+            floats = q.scale.size + (q.zero.size if q.zero is not None and q.zero_is_float else 0)
+            total += q.bits * q.codes.size - shorter * floats
         elif weight.constant is not None:
             total += 16.0 * weight.constant.size
     return total / weights

@@ -94,6 +94,8 @@ def onnxruntime_configs(block: int) -> Iterator[tuple[str, Any]]:
     yield f"onnxruntime RTN W4 g{block}", quantizer.DefaultWeightOnlyQuantConfig(block_size=block, bits=4)
     yield f"onnxruntime HQQ W4 g{block}", quantizer.HQQWeightOnlyQuantConfig(block_size=block, bits=4)
     yield f"onnxruntime k-quant W4 g{block}", quantizer.KQuantWeightOnlyQuantConfig()
+    level = quantizer.DefaultWeightOnlyQuantConfig(block_size=block, bits=4, accuracy_level=4)  # int8 activations
+    yield f"onnxruntime RTN W4A8 g{block}", level
 
 
 def quantise_onnx(model: Any, config: Any, block: int) -> Any:
@@ -103,7 +105,10 @@ def quantise_onnx(model: Any, config: Any, block: int) -> Any:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.ERROR)
-    work = MatMulNBitsQuantizer(model, bits=4, block_size=block, is_symmetric=False, algo_config=config)
+    level = getattr(config, "accuracy_level", None)
+    work = MatMulNBitsQuantizer(
+        model, bits=4, block_size=block, is_symmetric=False, accuracy_level=level, algo_config=config
+    )
     work.process()
     return work.model.model
 
@@ -117,14 +122,25 @@ def onnxruntime_encoder(model: Encoder) -> Iterator[tuple[str, dict[str, Any]]]:
         note(f"minilm: {name}")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
-            onnx.save(quantise_onnx(onnx.load(model.path), config, 32), path)
+            made = quantise_onnx(onnx.load(model.path), config, 32)
+            onnx.save(made, path)
             judged = model.judge(encoder.ort_runner(path))
-        yield name, {"model": "minilm", "bits": GROUP["w4g32"], "rows": ["minilm w4a16-g32"], **asdict(judged)}
+        beside = "minilm w4a8-g32" if "W4A8" in name else "minilm w4a16-g32"
+        yield name, {"model": "minilm", "bits": onnx_bits(made), "rows": [beside], **asdict(judged)}
+
+
+def onnx_bits(model: Any) -> float:
+    """Bits per weight of its MatMulNBits nodes; floats count 16 bits."""
+    node = next(n for n in model.graph.node if n.op_type == "MatMulNBits")
+    given = {a.name: a.i for a in node.attribute}
+    held = {t.name: t.data_type for t in model.graph.initializer}
+    zero = node.input[3] if len(node.input) > 3 else ""
+    zero_bits = 0 if not zero else given["bits"] if held[zero] in (2, 3) else 16  # u8, i8: packed codes
+    return float(given["bits"] + (16 + zero_bits) / given["block_size"])
 
 
 def one_matmul(weight: torch.Tensor) -> Any:
     """An ONNX model y = x W^T."""
-    import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     outputs, inputs = weight.shape
@@ -139,25 +155,26 @@ def one_matmul(weight: torch.Tensor) -> Any:
 
 
 def onnxruntime_gemma(model: Gemma, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-    """On each linear of Gemma's blocks, blocks of 128."""
+    """On each linear of Gemma's blocks: weights alone."""
     import gemma
     import numpy as np
     import onnxruntime as ort
     import torch
 
-    for name, config in list(onnxruntime_configs(128))[: 1 if quick else 3]:
+    wanted = [(name, config, 128) for name, config in list(onnxruntime_configs(128))[:2]]
+    wanted.append((*list(onnxruntime_configs(32))[2], 32))  # k-quant has no blocks of 128
+    for name, config, block in wanted[: 1 if quick else 3]:
         start = time.perf_counter()
         net = gemma.load(model.folder)
         for linear in [m for m in net.model.layers.modules() if isinstance(m, torch.nn.Linear)]:
-            made = quantise_onnx(one_matmul(linear.weight), config, 128)
+            made = quantise_onnx(one_matmul(linear.weight), config, block)
             session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
             (rows,) = session.run(None, {"x": np.eye(linear.in_features, dtype=np.float32)})
             linear.weight.copy_(torch.from_numpy(rows.T))
         judged = model.judge(lambda ids, net=net: net.model(input_ids=ids, use_cache=False).last_hidden_state)
         note(f"gemma: {name}, ratio {judged.ratio:.4f}, {time.perf_counter() - start:.0f} s")
-        size = GROUP["w4g128"] if "k-quant" not in name else GROUP["w4g32"]  # k-quant's blocks are of 32
         names = ["gemma w4a16-g128", "gemma w2a16-g64-split"]
-        yield name, {"model": "gemma", "bits": size, "rows": names, **asdict(judged)}
+        yield name, {"model": "gemma", "bits": onnx_bits(made), "rows": names, **asdict(judged)}
 
 
 # -- the others, in their own environment --------------------------------------------------------------------
@@ -208,6 +225,8 @@ def inside(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if not torch.cuda.is_available():  # AWQ pins memory for a transfer to an accelerator
+        torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign]
     job = json.loads((folder / "job.json").read_text())
     data = np.load(folder / "tokens.npz")
     net = AutoModelForCausalLM.from_pretrained(job["folder"], dtype=torch.float32, local_files_only=True).eval()
@@ -238,7 +257,9 @@ def llm_compressor(net: Any, job: dict[str, Any], calibration: torch.Tensor) -> 
     )  # fmt: skip
     inputs = None
     if kind == "group":
-        inputs = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group, dynamic=True)
+        inputs = QuantizationArgs(
+            num_bits=4, type="int", symmetric=True, strategy="group", group_size=group, dynamic=True
+        )
     elif kind is not None:
         inputs = QuantizationArgs(
             num_bits=8, type="int", symmetric=kind == "token", strategy=kind, dynamic=kind == "token"

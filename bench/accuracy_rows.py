@@ -66,44 +66,31 @@ def quantise(**options: Any) -> dict[str, dict[str, Any]]:
 
 FLOAT_EMBEDDING = {"embeddings": "none"}  # Gemma's is the head too; peers leave it in float as well
 
+
+def in_groups(size: int) -> dict[str, dict[str, Any]]:
+    """4-bit weights in groups of another size than the recipe's."""
+    form = f"uint4:g{size}"
+    return {"scale-channels": {"weights": form}, "quantize": {"weights": form, **FLOAT_EMBEDDING}}
+
+
+ROTATIONS = ("scale-channels", "insert-hadamard", "gptq")
 GEMMA = [
-    Row("w8a8-static", "gemma", "w8a8-static", quantise(**FLOAT_EMBEDDING), 1.03, ("scale-channels",)),
-    Row("w8a8-token", "gemma", "w8a8-token", quantise(**FLOAT_EMBEDDING), 1.005, ("scale-channels",)),
-    Row(
-        "w4a16-g128",
-        "gemma",
-        "w4a16",
-        quantise(weights="uint4:g128:f16", **FLOAT_EMBEDDING),
-        1.12,
-        ("gptq", "quantised inputs"),
-    ),
-    Row(
-        "w4a8-g128",
-        "gemma",
-        "w4a8",
-        quantise(weights="uint4:g128:f16", **FLOAT_EMBEDDING),
-        1.15,
-        ("gptq", "quantised inputs"),
-    ),
+    Row("w8a8-static", "gemma", "w8a8-static-hadamard", quantise(**FLOAT_EMBEDDING), 1.03, ROTATIONS),
+    Row("w8a8-token", "gemma", "w8a8-token-hadamard", quantise(**FLOAT_EMBEDDING), 1.005, ROTATIONS),
+    Row("w4a16-g128", "gemma", "w4a16", in_groups(128), 1.12, ("scale-channels", "gptq", "quantised inputs")),
+    Row("w4a8-g128", "gemma", "w4a8", in_groups(128), 1.15, ("scale-channels", "gptq", "quantised inputs")),
     Row(
         "w4a4-g64-r32",
         "gemma",
         "w4a4",
-        quantise(weights="int4:g64:f16", **FLOAT_EMBEDDING),
+        quantise(**FLOAT_EMBEDDING),
         1.6,
         ("insert-hadamard", "extract-low-rank", "gptq"),
     ),
-    Row(
-        "w2a16-g64-split",
-        "gemma",
-        "w2a16",
-        quantise(weights="uint2:g64:f16:split3", **FLOAT_EMBEDDING),
-        3.0,
-        ("split-layers", "gptq"),
-    ),
+    Row("w2a16-g64-split", "gemma", "w2a16", quantise(**FLOAT_EMBEDDING), 3.0, ("split-layers", "gptq")),
 ]
 MINILM = [
-    Row("w4a16-g32", "minilm", "w4a16", {}, 0.99, ("gptq", "quantised inputs")),
-    Row("w4a8-g32", "minilm", "w4a8", {}, 0.985, ("gptq",)),
+    Row("w4a16-g32", "minilm", "w4a16", {}, 0.99, ("scale-channels", "gptq", "quantised inputs")),
+    Row("w4a8-g32", "minilm", "w4a8", {}, 0.985, ("scale-channels", "gptq")),
     Row("w4a4-g64-r32", "minilm", "w4a4", {}, 0.97, ("insert-hadamard", "extract-low-rank", "gptq")),
 ]

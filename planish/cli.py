@@ -229,10 +229,13 @@ def optimize(
     quiet: Quiet = False,
 ) -> int:
     """Rewrite and quantise a model by a recipe."""
-    from planish.integrate.convert import check_output, convert
+    from planish.integrate.convert import check_apart, check_output, convert
 
     terminal = _terminal(quiet or json)
+    inputs = {"the recipe": recipe if recipe.endswith((".yaml", ".yml")) else None, "the calibration data": calibrate}
+    check_apart(output, "--output", inputs)
     if report is not None:
+        check_apart(report, "--report", {"the model": model, "the output": output, **inputs})
         check_output(report)
     if plots is not None:
         from planish.report.plots import check_plots
@@ -314,7 +317,7 @@ def opt(
     from planish.codegen.lower import Lower
     from planish.codegen.onnx_emission import check_target
     from planish.integrate.api import capture, to_onnx
-    from planish.integrate.convert import check_emission, check_output, for_opset, run_pipeline
+    from planish.integrate.convert import check_apart, check_emission, check_output, for_opset, run_pipeline
     from planish.ir.errors import PlanishError
     from planish.passes.manager import DumpInstrument, Pipeline
 
@@ -327,6 +330,10 @@ def opt(
     written = output is not None and output.endswith(".onnx")
     if written:
         passes = for_opset(passes, opset)
+    if stats is not None:
+        check_apart(stats, "--stats", {"the model": model, "the output": output, "the calibration data": calibrate})
+    if output is not None:
+        check_apart(output, "--output", {"the calibration data": calibrate})
     for path in (output, stats):
         if path is not None:
             check_output(path)

@@ -462,6 +462,23 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert (code, error) == (2, expected)
 
 
+def test_what_is_written_replaces_nothing_that_is_read(run: Run, model: Path, data: Path, recipe: Path) -> None:
+    out = model.parent / "out.onnx"
+    held = [path.read_bytes() for path in (model, data, recipe)]
+    optimize = ("optimize", model, "-r", recipe, "--calibrate", data)
+    for arguments, option, path, what in (
+        ((*optimize, "-o", out, "--report", model), "--report", model, "the model"),
+        ((*optimize, "-o", out, "--report", out), "--report", out, "the output"),
+        ((*optimize, "-o", out, "--report", recipe), "--report", recipe, "the recipe"),
+        ((*optimize, "-o", data), "--output", data, "the calibration data"),
+        (("opt", model, "-p", "raise", "--calibrate", data, "--stats", model), "--stats", model, "the model"),
+    ):
+        code, _, error = run(*arguments)
+        assert (code, error) == (2, f"error: option {option}: {path}: is {what}\n  hint: write to another name\n")
+    assert [path.read_bytes() for path in (model, data, recipe)] == held
+    assert not out.exists()
+
+
 def test_a_full_disk(
     run: Run, model: Path, data: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

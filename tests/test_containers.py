@@ -138,6 +138,8 @@ def test_refusals() -> None:
         (example("mxint8"), "matmul-nbits", "scales of f8e8m0; expected f32, f16, bf16"),
         (example("e4m3:channel"), "matmul-nbits", "elements f8e4m3fn"),
         (dataclasses.replace(q, codes=q.codes[None], scale=q.scale[None]), "matmul-nbits", "a tensor of rank 3"),
+        (dataclasses.replace(q, codes=q.codes[:0], scale=q.scale[:0]), "matmul-nbits", "a tensor without elements, of"),
+        (dataclasses.replace(q, codes=q.codes[:, :0]), "int-quantized", "a tensor without elements, of shape"),
         (q.transposed(), "matmul-nbits", "blocks along the output channels"),
         (floats, "gather-block-quantized", "zero points that are floats"),
         (example("int4:channel", columns=63), "gather-block-quantized", "rows of 63 elements of 4 bits; expected"),

@@ -347,7 +347,10 @@ def test_options_are_checked() -> None:
         "extract-low-rank{weights=int5}": "option 'weights': format 'int5': 'int5' is unknown; expected one of ",
         "extract-low-rank{weights=none}": "option 'weights': format 'none': 'none' is unknown; expected one of ",
         "extract-low-rank{activations=int4:g1}": "option 'activations': format 'int4:g1': 'g1' is no group; expected "
-        "at least 2 elements; or none",
+        "2 to 1048576 elements; or none",
+        "extract-low-rank{weights=int4:token}": "option 'weights': int4:token: a weight has no tokens; expected ",
+        "extract-low-rank{activations=int4:channel}": "option 'activations': int4:channel: an activation has no output "
+        "channels; expected tensor, token or gN",
         'extract-low-rank{skip=["("]}': "option 'skip': '(' is no regular expression: ",
         "extract-low-rank{shift=always}": "option 'shift': expected one of bounded, none; got 'always'",
     }.items():

@@ -64,7 +64,7 @@ def test_texts_are_short() -> None:
     ("text", "message"),
     [
         ("int5", "format 'int5': 'int5' is unknown; expected one of int2, int3, int4, int8, uint2"),
-        ("int4:g1", "'g1' is no group; expected at least 2 elements"),
+        ("int4:g1", "'g1' is no group; expected 2 to 1048576 elements"),
         (
             "int4:grouped",
             "suffix 'grouped' is unknown; expected one of tensor, channel, token, g64, max, half, extreme",
@@ -333,6 +333,27 @@ def test_clusters_must_be_given() -> None:
         quantize_array(np.ones((2, 8)), Format.parse("uint2:g8:split3"))
 
 
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+@pytest.mark.parametrize("text", ["int4:g4", "uint8:tensor", "mxfp4", "int8:channel"])
+def test_a_weight_without_elements(text: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(PlanishError, match=r"weight: is empty, of shape \(\d, \d\); expected at least one element"):
+        quantize_array(np.zeros(shape), Format.parse(text))
+
+
+def test_a_block_that_is_longer_than_the_rows_takes_no_room() -> None:
+    x = torch.arange(1.0, 8.0).reshape(1, 7)
+    for text in ("int4:g1048576", "uint4:g8", "mxfp4"):
+        assert blocks_of(x, Format.parse(text)).shape == (1, 1, 7)
+    assert quantize_array(x.numpy(), Format.parse("int8:g1048576")).scale.shape == (1, 1)
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 13])
+def test_blocks_of_a_vector_come_back(size: int) -> None:
+    x = torch.arange(1.0, size + 1)
+    for text in ("int4:g8", "mxfp8", "int8:token", "uint8:tensor"):
+        assert torch.equal(unblocked(blocks_of(x, Format.parse(text)), (size,)), x)
+
+
 @given(st.sampled_from(WORLD), st.integers(1, 3), st.integers(1, 70))
 def test_blocks_come_back(text: str, rows: int, width: int) -> None:
     form = Format.parse(text)
@@ -340,5 +361,5 @@ def test_blocks_come_back(text: str, rows: int, width: int) -> None:
     blocks = blocks_of(x, form)
     assert torch.equal(unblocked(blocks, (rows, width)), x)
     if form.block:
-        assert blocks.shape == (rows, -(-width // form.block), form.block)
+        assert blocks.shape == (rows, -(-width // form.block), min(form.block, width))
     assert grid_of(blocks, form).scale.shape == (*blocks.shape[:-1], 1)

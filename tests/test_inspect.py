@@ -136,7 +136,8 @@ def test_an_unknown_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     path = save(block(), tmp_path / "m.onnx")
     assert main(["inspect", str(path), "--act", "scal"]) == 2
     assert capsys.readouterr().err == (
-        "error: act 'scal': unknown; expected permute, scale, shift, rotate, linear, split\n  hint: did you mean 'scale'?\n"
+        "error: act 'scal': unknown; expected permute, scale, shift, rotate, linear, split\n"
+        "  hint: did you mean 'scale'?\n"
     )
 
 

@@ -129,6 +129,35 @@ def test_a_linear_that_was_quantised_without_a_branch() -> None:
     check_text(after)
 
 
+OUTLIERS = ["extract-outliers{count=2}", "extract-outliers{mode=dynamic threshold=0.5}"]
+
+
+@pytest.mark.parametrize("pipeline", [*OUTLIERS, *(f"{SVD},{o}" for o in OUTLIERS), *(f"{o},{SVD}" for o in OUTLIERS)])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_beside_outlier_columns(pipeline: str, quantised: bool) -> None:
+    """The adapter reads what the linear read, not the columns that are left to it."""
+    graph = pre_norm()
+    lora = adapters(graph, NAMES)
+    after, _ = Pipeline(pipeline).run(graph, stats=statistics(graph))
+    exact = planish.add_lora(after, lora, 0.5)
+    check_text(exact)
+    assert agree(merged(graph, lora, 0.5), exact) <= TOLERANCE
+    if quantised:
+        after, _ = Pipeline("quantize{activations=int8:token}").run(after)
+        added = planish.add_lora(after, lora, 0.5)
+        assert agree(merged(graph, lora, 0.5), added) < 0.2
+
+
+def test_behind_a_reassembly() -> None:
+    """The adapter reads the channels of the model; what is lossy is the weight alone."""
+    graph = pre_norm(op="rms_norm")
+    after, report = Pipeline("reassemble-channels{min-gain=0 ratio=0.5}").run(graph, stats=statistics(graph))
+    name = next(n.result.name for n in after.nodes if n.op.name == "linear" and n.operands[0].name.endswith("bled"))
+    lora = {name: (np.eye(8), 100.0 * np.eye(graph.values[name].shape[-1], 8))}
+    error = agree(merged(graph, lora, 1.0), planish.add_lora(after, lora))
+    assert error < agree(graph, after) + 0.05, report["reassemble-channels"].applied
+
+
 def test_by_source_and_as_tensors() -> None:
     graph = pre_norm()
     for node in graph.nodes:

@@ -205,6 +205,23 @@ def test_attention_forms(case: str) -> None:
     assert error(graph, got, evaluate(graph, inputs)) < 1e-5
 
 
+@pytest.mark.parametrize("kv", [4, 2])
+def test_attention_before_what_knows_its_width(kv: int) -> None:
+    """A session must infer the operator's width, also where its operands come from linears of integers."""
+    b = Build()
+    x = b.input("x", f"f32[2, 5, {WIDTH}]")
+    q = heads(b, linear(b, x, WIDTH, "q"), 4, 2)
+    k, v = (heads(b, linear(b, x, 2 * kv, c), kv, 2) for c in "kv")
+    mixed = b("mul", merged(b, b("attention", q, k, v)), b.random(WIDTH))
+    graph = b.output(linear(b, mixed, WIDTH, "o"))
+    quantised, _ = Pipeline("quantize{activations=int8:token}").run(graph)
+    lowered, _ = Pipeline("lower{target=ort}").run(quantised)
+    check_text(lowered)
+    assert counts(lowered)[ATTENTION] == 1
+    inputs = {"x": np.random.default_rng(1).normal(size=(2, 5, WIDTH)).astype(np.float32)}
+    assert error(graph, session(lowered).run(None, inputs), evaluate(quantised, inputs)) < 1e-2
+
+
 def test_no_higher_opset_no_attention_operator() -> None:
     """An opaque node whose operator is another one in opset 23 keeps the graph where it is."""
     b = Build()

@@ -12,6 +12,7 @@ import pytest
 from helpers import check_text
 from patterns import Build
 
+from planish.calibrate.collect import collect
 from planish.codegen.onnx import to_model
 from planish.ir.errors import PlanishError
 from planish.ir.evaluator import evaluate
@@ -430,3 +431,96 @@ def test_a_tied_head(text: str) -> None:
     (head,), (rows,) = nodes(lowered, NBITS), nodes(lowered, GATHER)
     assert rows.operands[0].producer.operands[0] is head.operands[1]
     assert rows.operands[2] is head.operands[2]
+
+
+# -- what onnxruntime's optimiser would spoil -------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("activations", ["uint8:tensor", "int8:token", "e4m3:tensor", "mxfp8", "e4m3:tensor:static",
+                                         "int8:tensor:static"])  # fmt: skip
+@pytest.mark.parametrize("weights", ["e4m3:channel", "e5m2:g16", "mxfp6", "int8:channel", "uint4:g16"])
+def test_fp8_codes_load_and_keep_their_numbers(weights: str, activations: str, target: str) -> None:
+    """The optimiser makes an integer product of fp8 codes, and drops a Relu in front of them."""
+    b = Build()
+    h = b("relu", b("linear", b.input("x", "f32[n, 32]"), b.random(32, 32), b.random(32)))
+    graph = b.output(b("linear", h, b.random(8, 32)))
+    inputs = {"x": np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)}
+    pipeline = Pipeline(f"quantize{{weights={weights} activations={activations}}}")
+    graph, _ = pipeline.run(graph, stats=collect(graph, [inputs]))
+    lowered, _ = lower(graph, target)
+    near(graph, lowered, target, inputs, 2e-2)
+
+
+def near(graph: Graph, lowered: Graph, target: str, inputs: dict[str, np.ndarray], tolerance: float) -> None:
+    (expected,) = (v.numpy() for v in evaluate(graph, inputs).values())
+    for level in LEVELS:
+        got = run(to_model(lowered, target=target), inputs, level)
+        assert np.abs(got - expected).max() < tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize(
+    "options",
+    ["weights=e4m3:channel activations=e4m3:tensor:static", "weights=e4m3:g4 activations=e4m3:tensor:static",
+     "weights=int4:channel activations=int4:tensor:static", "weights=uint4:tensor activations=uint8:tensor:static",
+     "weights=int8:channel activations=uint4:tensor:static"],
+)  # fmt: skip
+def test_kernels_behind_a_clip(options: str, target: str) -> None:
+    """The optimiser makes QLinearConv of codes that it does not take, and fails at a Clip in front of 4-bit codes."""
+    b = Build()
+    h = b("clip", b("conv", b.input("x", "f32[1, 4, 6, 6]"), b.random(8, 4, 3, 3)), np.float32(0), np.float32(6))
+    h = b("conv", h, b.random(8, 8, 3, 3), b.random(8))
+    graph = b.output(b("conv", b("clip", h, np.float32(0), np.float32(6)), b.random(4, 8, 1, 1)))
+    inputs = {"x": np.random.default_rng(0).normal(size=(1, 4, 6, 6)).astype(np.float32)}
+    graph, _ = Pipeline(f"quantize{{{options}}}").run(graph, stats=collect(graph, [inputs]))
+    lowered, _ = lower(graph, target)
+    near(graph, lowered, target, inputs, 2e-2)
+
+
+@pytest.mark.parametrize("opset", [19, 20])
+def test_fp8_behind_a_relu_at_an_older_opset(opset: int) -> None:
+    b = Build()
+    graph = b.output(b("linear", b("relu", b.input("x", "f32[n, 32]")), b.random(8, 32)))
+    inputs = {"x": np.random.default_rng(0).normal(size=(6, 32)).astype(np.float32)}
+    pipeline = Pipeline("quantize{weights=e4m3:channel activations=e4m3:tensor:static}")
+    graph, _ = pipeline.run(graph, stats=collect(graph, [inputs]))
+    lowered, _ = lower(graph, "onnx")
+    (expected,) = (v.numpy() for v in evaluate(graph, inputs).values())
+    for level in LEVELS:
+        got = run(to_model(lowered, opset=opset), inputs, level)
+        assert np.abs(got - expected).max() < EXACT * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("text", ["int4:g32:f16", "uint4:g16:f16", "int8:g32:f16", "uint2:g32:f16"])
+def test_narrow_scales_at_level_4(text: str) -> None:
+    """The kernel is wrong, without an error, where a Cast of its scales is not folded: with the optimiser off."""
+    graph = linear(text, activation="token")
+    lowered, _ = lower(graph, "ort", "accuracy-level=4")
+    (node,) = nodes(lowered, NBITS)
+    assert node.operands[2] is not None and node.operands[2].is_constant and node.operands[2].dtype == "f32"
+    assert max(errors(graph, lowered, "ort")) < 2e-2
+
+
+@pytest.mark.parametrize("text", ["int4:g16", "uint2:channel", "e4m3:channel", "nvfp4", "mxfp4", "int3:channel"])
+def test_tables_without_lowering(text: str) -> None:
+    """ONNX's Gather takes no narrow types: the table is wider there, and its rows are cast."""
+    graph = table(text)
+    assert max(errors(graph, graph, "onnx")) < EXACT
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("text", ["int4:g16", "uint4:g12", "mxfp4", "int8:g100"])
+def test_blocks_of_a_vector(text: str, target: str) -> None:
+    """onnxruntime's DequantizeLinear has none."""
+    b = Build()
+    graph = b.output(b("linear", b.input("x", "f32[32]"), b.random(8, 32)))
+    graph, _ = Pipeline(f"quantize{{activations={text}}}").run(graph)
+    lowered, _ = lower(graph, target)
+    near(graph, lowered, target, {"x": np.random.default_rng(0).normal(size=32).astype(np.float32)}, 1e-2)
+
+
+@pytest.mark.parametrize("opset", [-1, 6, 9999])
+def test_an_opset_that_there_is_not(opset: int) -> None:
+    with pytest.raises(PlanishError, match=f"opset {opset}: (unknown|is not written); expected 7 to "):
+        Pipeline(f"lower{{opset={opset}}}").run(linear("int4:g32"))

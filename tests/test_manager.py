@@ -18,7 +18,7 @@ from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError, ValidationError, VerificationError
 from planish.ir.graph import Graph
 from planish.ir.rewriter import Declined, Rewriter
-from planish.ir.stats import Stats
+from planish.ir.stats import ChannelStats, Stats
 from planish.ir.text import difference, parse, print_graph, render
 from planish.ir.types import TensorType
 from planish.passes.base import Context, Exactness, Pass, PassReport, RewritePass, place
@@ -360,3 +360,24 @@ def test_context() -> None:
         context.transformed(Rewriter(graph), space, Shift(np.ones(WIDTH)))
         assert not context.stats
         assert list(context.progress([1, 2], "x")) == [1, 2]
+
+
+def test_statistics_of_another_model_are_refused() -> None:
+    b = Build()
+    graph = b.output(b("relu", b.input("x", "f32[n, 4]")))
+
+    def record(axis: int, channels: int) -> ChannelStats:
+        return ChannelStats(axis, *(np.zeros(channels) for _ in range(3)), np.zeros((1, channels), np.float32), 1)
+
+    Pipeline("fold-constants").run(graph, stats=Stats({"x": record(-1, 4), "other": record(-1, 3)}))
+    Pipeline("fold-constants").run(graph, stats=Stats({"x": record(-2, 7)}))  # a dim of any size
+    Pipeline("fold-constants").run(graph, stats=Stats())
+    for held, expected in (
+        ({"x": record(-1, 3)}, "statistics: value 'x': 3 channels on axis -1; got f32[n, 4]"),
+        ({"x": record(-3, 4)}, "statistics: value 'x': 4 channels on axis -3; got f32[n, 4]"),
+        ({"y": record(-1, 4)}, "statistics: none of their 1 values is in the graph"),
+    ):
+        with pytest.raises(PlanishError) as caught:
+            Pipeline("fold-constants").run(graph, stats=Stats(held))
+        assert caught.value.what == expected
+        assert caught.value.hint == "they are of another model: collect them on this one"

@@ -9,6 +9,8 @@ import pytest
 import torch
 from encoder_blocks import WIDTH, data, linear, pre_norm, record, statistics
 from helpers import check_text, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from patterns import Build
 
 from planish.calibrate.collect import collect
@@ -384,6 +386,96 @@ def test_the_sweep_goes_through_quantised_tables_and_kernels() -> None:
     plain, _ = run(graph, "weights=int4:channel embeddings=int4:g8")
     rounded, _ = run(graph, "weights=int4:channel embeddings=int4:g8 only=[embedding conv]")
     assert output_error(rounded, after, batches) < output_error(rounded, plain, batches)
+
+
+@pytest.mark.parametrize("activations", ["int8:token", "uint8:tensor", "int4:g4"])
+def test_a_value_that_is_read_again_behind_other_linears(activations: str) -> None:
+    """The last linear reads x as it was rounded for the first; another was quantised in between."""
+    b = Build()
+    x = b.input("x", "f32[n, 16]")
+    h = b("relu", b("linear", x, b.random(16, 16)))
+    graph = b.output(b("add", b("linear", h, b.random(4, 16)), b("linear", x, b.random(4, 16))))
+    batches = [{"x": np.random.default_rng(seed).normal(size=(20, 16)).astype(np.float32)} for seed in range(2)]
+    options = f"weights=int4:g8 activations={activations} solver=gptq inputs=quantised"
+    after, report = run(graph, options, collect(graph, batches), data=batches)
+    assert len(report.applied) == 3 and not report.declined
+    assert all("loss" in figure for figure in report.figures["weights"].values())
+    expected, got = (evaluate(g, batches[0])["add"] for g in (graph, after))
+    assert relative_error(got, expected) < 0.2
+
+
+def test_weights_first_and_activations_later() -> None:
+    """What one run leaves in float another may round; what is rounded is not rounded again."""
+    graph = one(matrix())
+    weights, _ = run(graph, "weights=int4:g16")
+    both, _ = run(graph, "weights=int4:g16 activations=int8:token")
+    later, report = run(weights, "weights=none activations=int8:token")
+    assert len(report.applied) == 1
+    x = {"x": np.random.default_rng(1).normal(size=(3, COLUMNS)).astype(np.float32)}
+    assert torch.equal(evaluate(both, x)["linear"], evaluate(later, x)["linear"])
+    for options in ("weights=none activations=int4:token", "weights=none activations=uint8:tensor"):
+        again, report = run(later, options)
+        assert again == later
+        assert dict(report.declined) == {"what it reads is rounded already": ["linear %linear"]}
+    first, _ = run(graph, "weights=none activations=int8:token")
+    assert torch.equal(evaluate(run(first, "weights=int4:g16")[0], x)["linear"], evaluate(both, x)["linear"])
+
+
+@pytest.mark.parametrize("clip", ["max", "mse"])
+@pytest.mark.parametrize(("text", "size"), [
+    ("uint4:g16:f16", 1e6), ("e2m1:g16:f16", 1e30), ("int4:channel:f16", 1e-30), ("int8:channel", 1e-40),
+    ("mxfp4", 1e-42), ("int3:tensor:bf16", 1e-42),
+])  # fmt: skip
+def test_weights_that_no_scale_reaches(text: str, size: float, clip: str) -> None:
+    """All of it would be clipped, or become 0: it stays float, and so does a table."""
+    w = (matrix().astype(np.float64) * size).astype(np.float32)
+    graph = one(w)
+    after, report = run(graph, f"weights={text} clip={clip}")
+    assert after == graph
+    ((reason, where),) = report.declined.items()
+    most, scale = abs(w).max().astype(np.float64), Format.parse(text).scale
+    assert reason == f"its weight reaches {most:.3g}, which scales of {scale} in {text} cannot hold"
+    assert where == ["linear %linear"]
+    b = Build()
+    rows = b.output(b("embedding", b.constant(w, name="table"), b.input("ids", "i64[n]")))
+    after, report = run(rows, f"embeddings={text} clip={clip} min-rows=0")
+    assert after == rows
+    assert list(report.declined) == [reason]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(WEIGHTS), st.sampled_from(["max", "mse"]), st.integers(0, 999),
+    st.sampled_from([-20, -5, 0, 5, 15]), st.booleans(),
+)  # fmt: skip
+def test_weights_of_any_common_size_are_reached(text: str, clip: str, seed: int, power: int, heavy: bool) -> None:
+    """The check is for what is lost, not for what is rounded coarsely."""
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_t(1.3, size=(4, COLUMNS)) if heavy else rng.normal(size=(4, COLUMNS))) * 2.0**-8
+    if "f16" not in text.split(":"):
+        w = w * 10.0**power
+    _, report = run(one(w.astype(np.float32)), f"weights={text} clip={clip}")
+    assert not report.declined
+
+
+def test_a_table_in_half_precision_is_declined() -> None:
+    b = Build()
+    graph = b.output(b("embedding", b.random(300, 8, dtype="f16"), b.input("ids", "i64[n]")))
+    after, report = run(graph, "embeddings=int8:channel")
+    assert after == graph
+    assert dict(report.declined) == {"its table is f16; expected f32": ["embedding %embedding"]}
+
+
+@pytest.mark.parametrize("text", ["uint2:channel", "uint4:channel", "uint4:channel:f16"])
+def test_a_tied_table_with_zero_points_of_few_bits(text: str) -> None:
+    b = Build()
+    table = b.random(40, 16, name="table")
+    graph = b.output(b("linear", b("embedding", table, b.input("ids", "i64[n]")), table))
+    after, report = run(graph, f"weights={text} embeddings={text} min-rows=0")
+    assert len(report.applied) == 2
+    q = quantize_array(table.constant.wide(), Format.parse(text)).dequantize()  # type: ignore[union-attr]
+    got = evaluate(after, {"ids": np.arange(40)}, torch.float64)["linear"].numpy()
+    assert np.allclose(got, q @ q.T)
 
 
 def test_nothing_to_do_is_said() -> None:

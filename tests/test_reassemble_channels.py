@@ -327,6 +327,8 @@ def test_refusals() -> None:
     _, report = run(graph, "reassemble-channels")
     assert report.declined["a weight has other readers: it would be copied"][0] == "rms_norm %rms_norm"
     for text, message in (
+        ("weights=int4:spilt3", "^pass 'reassemble-channels': option 'weights': format 'int4:spilt3'"),
+        ("weights=int4:token", "option 'weights': int4:token: a weight has no tokens"),
         ("weights=int4:spilt3", "suffix 'spilt3' is unknown"),
         ("weights=uint2:g64:split3", "option 'weights': expected a format without clusters"),
         ("ratio=0.6", "option 'ratio': expected a number from 0 to 0.5"),

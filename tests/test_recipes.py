@@ -49,6 +49,16 @@ def test_what_may_be_left_out() -> None:
     assert recipe.needs.targets == ("onnx", "ort")
 
 
+def test_needs_are_a_mapping() -> None:
+    text = "name: a\nsummary: b\npipeline: fold-constants\nneeds: true\n"
+    assert message(text) == "r.yaml:4: field 'needs': expected a mapping with calibration, targets; got True"
+
+
+def test_merged_keys_may_be_given_again() -> None:
+    text = "a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  y: 3\n"
+    assert parse_yaml(text).data["b"] == {"x": 1, "y": 3}
+
+
 def test_a_pipeline_may_span_lines() -> None:
     text = "name: a\nsummary: b\npipeline: >-\n  fold-constants,\n  raise-norms\n"
     assert str(recipe_of(parse_yaml(text)).passes()) == "fold-constants,raise-norms"
@@ -97,7 +107,12 @@ def test_every_recipe_that_comes_with_planish_loads() -> None:
         ),
         (("[onnx, ort]", "[]"), "r.yaml:7: field 'needs.targets': expected at least one target; got []"),
         (("[onnx, ort]", "[onnx]"), "r.yaml:4: field 'target': ort is not among needs.targets: onnx"),
-        (("[onnx, ort]", "ort"), "r.yaml:7: field 'needs.targets': input should be a valid tuple; got 'ort'"),
+        (("[onnx, ort]", "ort"), "r.yaml:7: field 'needs.targets': expected a list of onnx, ort; got 'ort'"),
+        (("source: nobody", "source: a\nsource: b"), "r.yaml:9: field 'source': stands twice; first on line 8"),
+        (
+            ("  targets", "  calibration: true\n  targets"),
+            "r.yaml:7: field 'calibration': stands twice; first on line 6",
+        ),
         (
             ("raise-norms", "raise-norm"),
             "recipe 'mine': pass 'raise-norm': unknown\n"

@@ -84,6 +84,25 @@ def test_a_node_put_behind_what_was_asked_for() -> None:
     assert same(graph, batches, read(graph)[2], sweep.tensors(read(graph)[2]))
 
 
+def test_what_stands_for_a_value_is_kept_while_that_has_readers() -> None:
+    """x is read first and last; its rounding takes its place in the first reader, later in the last."""
+    b = Build()
+    x = b.input("x", "f32[n, 6]")
+    h = b("linear", x, b.random(6, 6))
+    graph = b.output(b("add", b("linear", b("relu", h), b.random(3, 6)), b("linear", x, b.random(3, 6))))
+    first, second, last = (n for n in graph.nodes if n.op.name == "linear")
+    sweep = Sweep(graph, [{"x": np.ones((4, 6), np.float32)}], targets=read(graph))
+    with Rewriter(graph) as rewriter:
+        rounded = rewriter.insert("round", [x], before=first).result
+        rewriter.set_operand(first, 0, rounded)
+        moment = sweep.second_moment(rounded, stands_for=x)
+        assert second.operands[0] is not None
+        sweep.second_moment(second.operands[0])
+        rewriter.set_operand(last, 0, rounded)
+        assert sweep.second_moment(rounded, stands_for=x) is moment
+    check_text(graph)
+
+
 def chain(length: int) -> Graph:
     b = Build()
     x = b.input("x", f"f32[batch, {WIDTH}]")

@@ -318,3 +318,51 @@ def test_inputs_that_cannot_be_drawn(type: str) -> None:
     graph = b.output(b("identity", b.input("x", type)))
     _, report = Pipeline("raise").run(graph)
     assert report.unchecked.endswith(f"input 'x': there are no random values of type {type}")
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ([np.zeros((2, 3), np.float32)], "got a batch of ndarray"),
+        ({"x": np.zeros(3)}, "got one dict"),
+        (5, "got one int"),
+    ],
+)
+def test_calibration_that_is_no_sequence_of_batches(given: object, what: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.onnx"
+    with pytest.raises(PlanishError) as caught:
+        planish.convert(pre_norm(), out, "w8a8-static", calibration=given)  # type: ignore[arg-type]
+    assert caught.value.what == f"calibration: expected batches, each a dict of name to tensor, {what}"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("weights", ["int4:g16", "e4m3:channel", "uint4:channel"])
+def test_the_opset_stays_where_another_node_would_change(weights: str, target: str) -> None:
+    """If differs between 17 and 21: nobody asked for 21, and the codes have a form at 17."""
+    rng = np.random.default_rng(0)
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [helper.make_node(op, ["h"], [name])], name, [], [helper.make_tensor_value_info(name, 1, ["n", 16])]
+        )
+        for name, op in (("then", "Relu"), ("else", "Neg"))
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["h"]),
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Greater", ["m", "zero"], ["c"]),
+        helper.make_node("If", ["c"], ["y"], **branches),
+    ]
+    held = {"w": rng.normal(size=(32, 16)).astype(np.float32), "zero": np.zeros((), np.float32)}
+    infos = [helper.make_tensor_value_info(name, 1, ["n", width]) for name, width in (("x", 32), ("y", 16))]
+    tensors = [numpy_helper.from_array(data, name) for name, data in held.items()]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    quantised, _ = Pipeline(f"raise,quantize{{weights={weights}}},lower{{target={target}}}").run(from_onnx(model))
+    written = to_model(quantised, target=target)
+    assert opset(written) == 17
+    x = {"x": rng.normal(size=(3, 32)).astype(np.float32)}
+    before, after = (session(m).run(None, x)[0] for m in (model, written))
+    assert np.abs(after - before).max() < 0.2 * np.abs(before).max()
+    with pytest.raises(PlanishError, match="op 'onnx::If': differs between opset 17 and 21 of onnx"):
+        to_model(quantised, target=target, opset=21)

@@ -33,7 +33,11 @@ class Lower(Pass):
     accuracy_level: int | None = option(None, Range(0, 4))  # of MatMulNBits; none: 4 for 8-bit activations, else 0
 
     def run(self, graph: Graph, context: Context) -> PassReport:
+        from planish.codegen.onnx_emission import check_opset
+
         report = PassReport(self.name)
+        if self.opset is not None:
+            check_opset(self.opset)
         if self.target == "ort":
             from planish.codegen.lower_ort import lower
 

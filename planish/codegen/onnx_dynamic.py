@@ -26,6 +26,9 @@ def by_extremes(node: Node, e: Emission) -> None:
     dtype, granularity = str(own.get("dtype", "u8")), str(own.get("granularity", "tensor"))
     block, kept = own.get("block"), own.get("scale")
     block = block if isinstance(block, int) and granularity == "group" else None
+    width = dim_of(x, -1)
+    if block is not None and isinstance(width, int) and width:
+        block = min(block, width)  # a block that is never full is no longer than the row
     rule, symmetric = own.get("rule"), bool(own.get("symmetric", False))
     form = format_of(
         dtype, granularity, block, None if kept is None else str(kept), None if rule is None else str(rule), symmetric

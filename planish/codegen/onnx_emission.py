@@ -79,7 +79,7 @@ class Emission:
 
     Attributes:
         opset: the version of ONNX's default domain: what was asked for, else the graph's own, raised where
-            quantised nodes need it.
+            quantised nodes want it and every node that planish does not know means the same there.
         target: "onnx" or "ort".
         weights: the initialisers by name.
         names: the emitted name of each value.
@@ -94,8 +94,9 @@ class Emission:
         self.opset = opset or self.imports.get("") or DEFAULT_OPSET
         if opset is not None:
             check_opset(opset, self.imports.get(""))
-        if opset is None and self.opset < least_opset(graph):
-            opset = self.opset = least_opset(graph)
+        least = least_opset(graph)
+        if opset is None and self.opset < least and (self.opset < AXIS_OPSET or self._may_move_to(least)):
+            opset = self.opset = least
         self.imported = frozenset(self.imports)
         self.imports[""] = self.opset
         version = graph.meta.get(META_IR_VERSION)
@@ -228,6 +229,18 @@ class Emission:
     def fail(self, node: Node, why: str) -> PlanishError:
         """The error that a node cannot be written."""
         return PlanishError(f"op '{node.op.name}': {why} in ONNX opset {self.opset}", where=str(node), hint=TORCH_CAN)
+
+    def _may_move_to(self, opset: int) -> bool:
+        """True if every node that planish does not know means the same at another opset."""
+        own, imports = self.opset, self.imports
+        self.opset, self.imports = opset, {**imports, "": opset}
+        try:
+            self.check_versions()
+        except PlanishError:
+            return False
+        finally:
+            self.opset, self.imports = own, imports
+        return True
 
     def check_versions(self) -> None:
         """Check that every node that planish does not know means the same at this opset.
@@ -462,10 +475,18 @@ class Emission:
         for name, value in self.graph.outputs:
             graph.output.append(_value_info(name, value, known.get(name)))
         by_name = {emitted: value for value, emitted in self.names.items()}
+        declared = set()
         for info in rest.value_info:
             value_ = by_name.get(info.name)
             if value_ is not None and value_.producer is not None:
                 graph.value_info.append(_value_info(info.name, value_, info))
+                declared.add(value_)
+        for node in self.graph.nodes:
+            # the shape inference of Attention takes 0 for the size of the values' heads where it knows no better
+            read = node.operand(2) if node.op.name == "onnx::Attention" else None
+            if read is not None and read.producer is not None and read.rank == 3 and read not in declared:
+                graph.value_info.append(_value_info(self.names[read], read, None))
+                declared.add(read)
 
 
 # the opsets from which on codes have a dtype of their own; those of fewer bits are looked up where it is missing

@@ -35,7 +35,6 @@ from planish.ir.ops.codes import RANGES
 from planish.ir.ops.quantization import by_format, result_dtype
 from planish.ir.types import WIDE_FLOATS, Shape, bits, is_float, numpy_dtype, onnx_enum
 
-
 _MOVES = ("reshape", "transpose", "squeeze", "unsqueeze", "flatten", "identity")
 
 

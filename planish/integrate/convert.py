@@ -245,6 +245,11 @@ def run_pipeline(
     first = next(iterator, None)
     if first is None:
         raise PlanishError("calibration: no data; expected at least one batch")
+    if not isinstance(first, Mapping):
+        raise PlanishError(
+            f"calibration: expected batches, each a dict of name to tensor, got a batch of {type(first).__name__}",
+            hint=f"the inputs are {', '.join(v.name for v in graph.inputs if v.constant is None)}",
+        )
     samples = _few(graph, first) if validate else []
     head = _head(pipeline.passes)
     raised, opening = graph, Report(seed=seed)
@@ -326,6 +331,11 @@ def _batches(options: CalibrationOptions, graph: Graph) -> tuple[Iterable[Any], 
         return data, options.row_mask or data.row_mask, data.source
     if isinstance(data, Stats):
         raise PlanishError("calibration: statistics take no options; give them themselves")
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise PlanishError(
+            f"calibration: expected batches, each a dict of name to tensor, got one {type(data).__name__}",
+            hint="calibration=[batch]",
+        )
     if options.samples is not None:
         data = itertools.islice(data, max(1, options.samples // options.batch))
     return data, options.row_mask, "batches"
@@ -370,6 +380,20 @@ def check_output(path: str | Path) -> None:
         os.unlink(name)
     except OSError as error:
         raise PlanishError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+
+def check_apart(path: str | Path, option: str, others: Mapping[str, str | Path | None]) -> None:
+    """An error if what an option writes would replace a file that is read, or another that is written.
+
+    Args:
+        others: those files, by what an error calls them.
+
+    Raises:
+        PlanishError: it would.
+    """
+    for what, other in others.items():
+        if other is not None and Path(other).resolve() == Path(path).resolve():
+            raise PlanishError(f"option {option}: {path}: is {what}", hint="write to another name")
 
 
 def model_size(model: Any, graph: Graph) -> int | None:

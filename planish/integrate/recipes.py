@@ -169,7 +169,7 @@ def _explained(error: ValidationError, document: Document) -> PlanishError:
     first = error.errors()[0]
     place = tuple(first["loc"])
     field = ".".join(map(str, place))
-    known = Needs.model_fields if place[:1] == ("needs",) and len(place) > 1 else Recipe.model_fields
+    known = Needs.model_fields if place[:1] == ("needs",) else Recipe.model_fields
     match first["type"]:
         case "extra_forbidden":
             what = f"field '{field}': unknown; expected {', '.join(known)}"
@@ -182,6 +182,10 @@ def _explained(error: ValidationError, document: Document) -> PlanishError:
             hint = nearest(given, TARGETS)
         case "target_cannot":
             what, hint, place = first["msg"], None, ("target",) if ("target",) in document.lines else ("needs",)
+        case "tuple_type":
+            what, hint = f"field '{field}': expected a list of {', '.join(TARGETS)}; got {first['input']!r}", None
+        case "model_type":
+            what, hint = f"field '{field}': expected a mapping with {', '.join(known)}; got {first['input']!r}", None
         case "string_pattern_mismatch":
             given = str(first["input"])
             what = f"field '{field}': expected lower-case words joined by hyphens; got '{given}'"

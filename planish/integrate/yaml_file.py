@@ -48,6 +48,7 @@ def parse_yaml(text: str, path: str = "<text>") -> Document:
 
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _refuse_twice(root, path, set())  # before merge keys are written out
         loader = yaml.SafeLoader("")
         data = None if root is None else loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
@@ -60,6 +61,28 @@ def parse_yaml(text: str, path: str = "<text>") -> Document:
     if root is not None:
         _lines(root, (), lines, set())
     return Document(path, data, lines)
+
+
+def _refuse_twice(node: Any, path: str, seen: set[int]) -> None:
+    """Refuse a mapping that has a key twice: YAML forbids it, and its library takes the last."""
+    import yaml
+
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_twice(item, path, seen)
+    elif isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in first:
+                    what = f"field '{key.value}': stands twice; first on line {first[key.value]}"
+                    raise PlanishError(f"{path}:{line}: {what}")
+                first[key.value] = line
+            _refuse_twice(value, path, seen)
 
 
 def _lines(node: Any, place: Place, lines: dict[Place, int], seen: set[int]) -> None:

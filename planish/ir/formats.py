@@ -38,6 +38,7 @@ Granularity = Literal["tensor", "channel", "token", "group"]
 INTEGER_RULES = ("max", "half", "extreme")
 POWER_RULES = ("floor", "ceil", "even", "rceil")
 SCALE_DTYPES = ("f32", "f16", "bf16")
+LARGEST_BLOCK = 2**20
 
 # element: (largest magnitude, mantissa bits, least exponent of a normal number, exponent of the largest)
 FLOATS: dict[str, tuple[float, int, int, int]] = {
@@ -123,8 +124,8 @@ class Format:
                 raise refused(f"does not fit: its blocks have {self.block} elements")
             if suffix[0] != "g":
                 return {"granularity": suffix, "block": None}
-            if int(suffix[1:]) < 2:
-                raise refused("is no group; expected at least 2 elements")
+            if not 2 <= int(suffix[1:]) <= LARGEST_BLOCK:
+                raise refused(f"is no group; expected 2 to {LARGEST_BLOCK} elements")
             return {"granularity": "group", "block": int(suffix[1:])}
         if suffix in SCALE_DTYPES:
             if fixed:

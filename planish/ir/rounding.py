@@ -61,9 +61,10 @@ def blocks_of(x: torch.Tensor, form: Format) -> torch.Tensor:
             return x.reshape(1, -1)
         case "group":
             assert form.block is not None
-            short = -x.shape[-1] % form.block
+            block = min(form.block, max(x.shape[-1], 1))  # a block that is never full is no longer than the row
+            short = -x.shape[-1] % block
             padded = torch.nn.functional.pad(x, (0, short)) if short else x
-            return padded.reshape(*x.shape[:-1], -1, form.block)
+            return padded.reshape(*x.shape[:-1], padded.shape[-1] // block, block)
         case _:
             return x.unsqueeze(-2)
 
@@ -265,8 +266,10 @@ def quantize_array(
         importance: float64 [inputs], weighs the errors of the mse search.
 
     Raises:
-        PlanishError: the weight holds NaN or infinity, or clusters are missing.
+        PlanishError: the weight is empty, holds NaN or infinity, or clusters are missing.
     """
+    if weight.size == 0:
+        raise PlanishError(f"weight: is empty, of shape {weight.shape}; expected at least one element")
     if not np.isfinite(weight).all():
         raise PlanishError("weight: holds NaN or infinity; expected finite numbers")
     x = torch.from_numpy(np.ascontiguousarray(weight, dtype=np.float64))

@@ -42,6 +42,33 @@ def branch_of(total: Value) -> FloatBranch | None:
     return None
 
 
+def columns_of(total: Value) -> Node | None:
+    """The gather of the columns that a float linear in a sum reads (`extract-outliers`); None if there is none."""
+    node = total.producer
+    if node is None or node.op.name != "add" or node.graph is None:
+        return None
+    kept = kept_float(node.graph)
+    for addend in node.operands:
+        up = addend.producer if addend is not None else None
+        if up is None or up.op.name != "linear" or up.result.name not in kept:
+            continue
+        loud = up.operand(0)
+        if loud is not None and loud.producer is not None and loud.producer.op.name == "gather":
+            return loud.producer
+    return None
+
+
+def sums_of(value: Value) -> list[Value]:
+    """A value and the sums that float branches make of it, one after the other."""
+    found = [value]
+    while True:
+        users = dict.fromkeys(found[-1].users)
+        sums = [u.result for u in users if u.op.name == "add" and (branch_of(u.result) or columns_of(u.result))]
+        if len(sums) != 1:
+            return found
+        found += sums
+
+
 def branch_behind(node: Node) -> FloatBranch | None:
     """The branch that is added to what a node gives."""
     for user in dict.fromkeys(node.result.users):

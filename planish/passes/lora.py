@@ -23,7 +23,7 @@ from planish.ir.rewriter import Rewriter
 from planish.ir.types import TensorType
 from planish.ir.verifier import verify
 from planish.passes.base import keep_float, kept_float
-from planish.passes.float_branches import FOLDED, branch_of, give_weight
+from planish.passes.float_branches import FOLDED, branch_of, columns_of, give_weight, sums_of
 from planish.passes.sites import reads_by_weight, weight_matrix
 
 
@@ -50,11 +50,13 @@ def add_lora(graph: Graph, adapters: Mapping[str, tuple[Any, Any]], strength: fl
     added: dict[Node, list[tuple[Node, np.ndarray, np.ndarray]]] = defaultdict(list)
     with Rewriter(graph) as rewriter:
         for name, factors in adapters.items():
-            total = _result(graph, name)
+            sums = sums_of(_result(graph, name))
+            total = sums[-1]
             a, b = _factors(name, factors, total)
-            branch = branch_of(total)
-            if branch is None:
-                _make(rewriter, name, total, a, strength * b)
+            x = _read(sums)
+            branch = next((found for v in sums if (found := branch_of(v)) is not None), None)
+            if branch is None or (x is not None and branch.down.operand(0) is not x):
+                _make(rewriter, name, total, x if x is not None else sums[0], a, strength * b)
                 continue
             _fits(name, a, branch.down.operand(0), "A", 1)
             added[branch.down].append((branch.up, a, strength * b))
@@ -77,11 +79,8 @@ def _result(graph: Graph, name: str) -> Value:
             what = f"'{name}': {len(nodes)} linears have this source" if nodes else f"'{name}': no such linear"
             raise PlanishError(f"add_lora: {what}", hint=nearest(name, [*graph.values, *sources]))
         value = nodes[0].result
-    if branch_of(value) is not None:
+    if branch_of(value) is not None or branch_of(sums_of(value)[-1]) is not None:
         return value
-    sums = [u.result for u in dict.fromkeys(value.users) if branch_of(u.result) is not None]
-    if len(sums) == 1:
-        return sums[0]
     node = value.producer
     if node is None or node.op.name != "linear" or node.operand(1) is None:
         raise PlanishError(
@@ -89,6 +88,42 @@ def _result(graph: Graph, name: str) -> Value:
             hint="add adapters before the graph is lowered",
         )  # fmt: skip
     return value
+
+
+def _read(sums: list[Value]) -> Value | None:
+    """What a linear read in the model, by the sums that it has become; None where only its branch says so."""
+    branch = next((found for v in sums if (found := branch_of(v)) is not None), None)
+    narrow = None if branch is None else branch.down.operand(0)
+    columns = next((gather for v in sums if (gather := columns_of(v)) is not None), None)
+    node = sums[0].producer
+    assert node is not None
+    if columns is not None:
+        value = columns.operand(0)
+        if narrow is not None and value is not None and _is_smoothed(value, narrow):
+            return None  # the columns are of x / s
+    elif node.op.name == "linear":
+        value = _unquantised(node.operand(0))
+        if narrow is not None and not _is_reassembled(value):
+            return None  # it may read x / s
+    else:
+        return None
+    while value is not None and value.producer is not None and _is_reassembled(value):
+        value = value.producer.operand(0)
+    return value
+
+
+def _is_smoothed(value: Value, x: Value) -> bool:
+    """True if a value is x, scaled or shifted."""
+    while value is not x and value.producer is not None and value.producer.op.name in ("mul", "add"):
+        read = [v for v in value.producer.operands if v is not None and not v.is_constant]
+        if len(read) != 1:
+            return False
+        value = read[0]
+    return value is x
+
+
+def _is_reassembled(value: Value | None) -> bool:
+    return value is not None and value.producer is not None and value.producer.op.name == "reassemble"
 
 
 def _factors(name: str, factors: tuple[Any, Any], total: Value) -> tuple[np.ndarray, np.ndarray]:
@@ -126,14 +161,13 @@ def _unquantised(value: Value | None) -> Value | None:
     return value
 
 
-def _make(rewriter: Rewriter, name: str, total: Value, a: np.ndarray, b: np.ndarray) -> None:
-    """A branch of its own for a linear that has none."""
+def _make(rewriter: Rewriter, name: str, total: Value, x: Value, a: np.ndarray, b: np.ndarray) -> None:
+    """A branch of its own that reads x, for a linear that has none."""
     node = total.producer
     assert node is not None
-    x = _unquantised(node.operand(0))
     _fits(name, a, x, "A", 1)
     hint, dtype = total.name, total.dtype or "f32"
-    made = x
+    made: Value | None = x
     for factor, word in ((a, "down"), (b, "up")):
         held = rewriter.constant(Constant(factor, dtype, factor.shape), f"{hint}.{word}.weight")
         names = [f"{hint}.{word}"]

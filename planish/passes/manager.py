@@ -174,7 +174,8 @@ class Pipeline:
             The new graph and the report.
 
         Raises:
-            PlanishError: a pass needs statistics and there are none, or the seed is negative.
+            PlanishError: a pass needs statistics and there are none, or they are of another graph; the seed is
+                negative.
             VerificationError: a pass left a graph that is not well formed.
             ValidationError: an exact pass changed the function.
         """
@@ -187,6 +188,8 @@ class Pipeline:
                     where=text if (text := str(instance)) != instance.name else None,
                     hint="give calibration data (--calibrate, or planish.collect)",
                 )
+        if stats is not None:
+            _check_stats(stats, graph)
         instruments = list(instruments)
         report = Report(seed=seed)
         context = Context(stats.copy() if stats is not None else None, seed, progress, report.used, data, row_mask)
@@ -220,3 +223,23 @@ class Pipeline:
             for instrument in instruments:
                 instrument.statistics(None, graph, context.stats)
         return graph, report
+
+
+def _check_stats(stats: Stats, graph: Graph) -> None:
+    """Refuse statistics whose channels are not those of the graph's values.
+
+    Raises:
+        PlanishError: with the first value that differs.
+    """
+    hint = "they are of another model: collect them on this one"
+    for name in stats:
+        value, record = graph.values.get(name), stats.of(name)
+        shape = None if value is None or value.is_constant else value.shape
+        if value is None or shape is None:
+            continue
+        size = shape[record.axis] if -len(shape) <= record.axis else None
+        if size is None or (isinstance(size, int) and size != len(record.minimum)):
+            what = f"statistics: value '{name}': {len(record.minimum)} channels on axis {record.axis}; got {value.type}"
+            raise PlanishError(what, hint=hint)
+    if len(stats) and not any(name in graph.values for name in stats):
+        raise PlanishError(f"statistics: none of their {len(stats)} values is in the graph", hint=hint)

@@ -40,7 +40,10 @@ def require_named(node: Node, skip: tuple[str, ...], only: tuple[str, ...]) -> N
 
 
 def check_format(instance: Pass, name: str, *others: str) -> None:
-    """Check an option of a pass that holds a number format, or one of some other words.
+    """Check an option of a pass that holds a number format which makes sense there, or one of some other words.
+
+    Args:
+        name: of the option: `activations`, or else something that is a weight.
 
     Raises:
         PlanishError: it is neither.
@@ -49,7 +52,21 @@ def check_format(instance: Pass, name: str, *others: str) -> None:
     if text in others:
         return
     try:
-        Format.parse(text)
+        form = Format.parse(text, "token" if name == "activations" else "channel")
     except PlanishError as error:
         words = f"; or {', '.join(others)}" if others else ""
         raise PlanishError(f"pass '{instance.name}': option '{name}': {error.what}{words}", hint=error.hint) from error
+    wrong = ""
+    if name == "activations":
+        if form.granularity == "channel":
+            wrong = "an activation has no output channels; expected tensor, token or gN"
+        elif form.clusters > 1:
+            wrong = "an activation is not split into clusters"
+        elif form.static and form.granularity != "tensor" and form.name != "nvfp4":
+            wrong = "only one range per tensor can be calibrated; expected tensor"
+    elif form.granularity == "token":
+        wrong = "a weight has no tokens; expected tensor, channel or gN"
+    elif form.static:
+        wrong = "static is for activations"
+    if wrong:
+        raise PlanishError(f"pass '{instance.name}': option '{name}': {text}: {wrong}")

@@ -34,11 +34,12 @@ from planish.ir.formats import Format
 from planish.ir.graph import Graph, Node, Value
 from planish.ir.qnodes import qtensor_of, weight_of
 from planish.ir.rewriter import Declined, Rewriter
+from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import Context, Exactness, Pass, PassReport, kept_float, place
 from planish.passes.channels import Kind
 from planish.passes.named import check_patterns, require_named
 from planish.passes.options import Range, option
-from planish.passes.quantize_activations import Activations, as_read
+from planish.passes.quantize_activations import Activations, as_read, is_rounded
 from planish.passes.quantize_inputs import Inputs
 from planish.passes.quantize_sites import check_form, kinds_read
 from planish.passes.quantize_tables import insert_table, look_up, reads_as_rows, round_table
@@ -150,7 +151,7 @@ class _Work:
         conv = node.op.name == "conv"
         split = split_of(weight)
         data = weight if split is None else split.operands[0]
-        assert data is not None and data.constant is not None
+        assert data is not None
         if node.result.name in self.kept:
             raise Declined("an earlier pass keeps it in float", node)
         if node.op.name == "gemm" and node.attributes.get("trans_a", False):
@@ -161,8 +162,10 @@ class _Work:
             raise Declined("a convolution reads one range per tensor", node)
         if x.dtype != "f32" or data.dtype != "f32":
             raise Declined(f"its operands are {x.dtype} and {data.dtype}; expected f32", node)
-        if data.constant.size == 0:
+        if data.constant is not None and data.constant.size == 0:
             raise Declined("its weight is empty", node)
+        if active is not None and is_rounded(x):
+            raise Declined("what it reads is rounded already", node)
         if self.options.sites and self.kinds.get(x) not in self.options.sites:
             kind = self.kinds.get(x)
             raise Declined(f"reads {kind} channels" if kind else "reads channels of no space", node)
@@ -170,7 +173,10 @@ class _Work:
     def reader(self, node: Node) -> bool:
         """Quantise what a linear or convolution multiplies; False: not our business."""
         x, weight = node.operands[0], node.operand(1)
-        if x is None or weight is None or not (weight.is_constant or split_of(weight) is not None):
+        if x is None or weight is None:
+            return False
+        rounded = self.weights is None and qtensor_of(weight) is not None  # by a run before
+        if not (weight.is_constant or split_of(weight) is not None or rounded):
             return False
         if self.weights is None and qtensor_of(x) is not None:
             return False
@@ -208,12 +214,15 @@ class _Work:
     def table(self, node: Node) -> bool:
         """Quantise the table of an embedding; False: not our business."""
         form, table = self.options.form_of("embeddings"), node.operands[0]
-        if form is None or table is None or not table.is_constant or table.dtype != "f32" or table.rank != 2:
+        if form is None or table is None or not table.is_constant or table.rank != 2:
             return False
         assert table.constant is not None
         rows, width = table.constant.shape
-        if rows < self.options.min_rows or width == 1:  # a scale for each row would not be smaller
+        few = rows < max(self.options.min_rows, 1) or width < 2  # of one column: a scale for each would not be smaller
+        if few or table.dtype not in WIDE_FLOATS:
             return False
+        if table.dtype != "f32":
+            raise Declined(f"its table is {table.dtype}; expected f32", node)
         made = {} if self.weights is None else self.weights.made
         if table not in made:
             others = [u for u in table.users if u.op.name != "embedding"]

@@ -38,6 +38,12 @@ def unsigned(x: Value, form: Format) -> Format:
     return replace(form, element=f"u{form.element_bits}", rule="max") if bound is not None and bound >= 0 else form
 
 
+def is_rounded(x: Value) -> bool:
+    """True if a value is made of codes that are computed from an activation."""
+    codes = x.producer.operands[0] if x.producer is not None and x.producer.op.name == "dequantize" else None
+    return codes is not None and codes.producer is not None and "quantize" in codes.producer.op.name
+
+
 @dataclass
 class Activations:
     """Quantises the activations of one graph, each once however many nodes read it.

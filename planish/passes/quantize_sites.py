@@ -22,23 +22,8 @@ def check_form(instance: Pass, name: str) -> None:
     text = getattr(instance, name)
     if text == "none":
         return
-    form = Format.parse(text, "token" if name == "activations" else "channel")
-    wrong = ""
-    if name == "activations":
-        if form.granularity == "channel":
-            wrong = "an activation has no output channels; expected tensor, token or gN"
-        elif form.clusters > 1:
-            wrong = "an activation is not split into clusters"
-        elif form.static and form.granularity != "tensor" and form.name != "nvfp4":
-            wrong = "only one range per tensor can be calibrated; expected tensor"
-    elif form.granularity == "token":
-        wrong = "a weight has no tokens; expected tensor, channel or gN"
-    elif form.static:
-        wrong = "static is for activations"
-    elif name == "embeddings" and form.clusters > 1:
-        wrong = "a table is not split into clusters"
-    if wrong:
-        raise PlanishError(f"pass '{instance.name}': option '{name}': {text}: {wrong}")
+    if name == "embeddings" and Format.parse(text).clusters > 1:
+        raise PlanishError(f"pass '{instance.name}': option '{name}': {text}: a table is not split into clusters")
 
 
 def kinds_read(graph: Graph) -> dict[Value, Kind]:

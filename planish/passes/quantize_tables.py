@@ -21,7 +21,7 @@ from planish.ir.qtensor import QTensor
 from planish.ir.rewriter import Rewriter
 from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import PassReport, place
-from planish.passes.quantize_weights import by_columns, round_rows, weight_sqnr
+from planish.passes.quantize_weights import by_columns, check_reach, round_rows, weight_sqnr
 from planish.passes.solvers import Clip
 
 
@@ -34,12 +34,14 @@ def round_table(node: Node, table: Value, form: Format, clip: Clip, report: Pass
     """The table of an embedding, [rows, width], rounded to nearest.
 
     Raises:
+        Declined: its numbers are beyond the scales of the format.
         PlanishError: it holds NaN or infinity.
     """
     assert table.constant is not None
     data = table.constant.wide()
     if not np.isfinite(data).all():
         raise PlanishError(f"table '{table.name}': holds NaN or infinity", where=place(node))
+    check_reach(node, data, form)
     q = round_rows(data, form, clip)
     report.figures.setdefault("weights", {})[table.name] = {
         "sqnr_db": weight_sqnr(data, q),

@@ -28,6 +28,7 @@ from planish.passes.gptq import gptq
 from planish.passes.solvers import Clip, decibels
 
 CHUNK = 32768  # rows of a weight that are rounded at once
+KEPT = 0.6  # of the largest element of a row: what rounding to 2 bits leaves
 SHOWN = 64  # rows of a weight by which the error of its output is judged for the report
 
 Curvature = Callable[[], torch.Tensor | None]  # H of what a linear reads; None: unknown
@@ -166,6 +167,7 @@ class Weights:
             raise Declined(f"its kernel has {data.shape[1]} input channels, less than a group of {form}", node)
         rows = matrix_of(node, data, form)
         clusters = None if ids is None else matrix_of(node, ids, form)
+        check_reach(node, rows, form, clusters)
         q = round_rows(rows, form, self.clip, clusters)
         h = curvature() if curvature is not None and node.op.name != "conv" else None
         figure: dict[str, float] = {}
@@ -200,6 +202,15 @@ def round_rows(rows: np.ndarray, form: Format, clip: Clip, clusters: np.ndarray 
     codes, scale = joined([p.codes for p in parts], 0), joined([p.scale for p in parts], lead)
     assert codes is not None and scale is not None
     return replace(parts[0], codes=codes, scale=scale, zero=joined([p.zero for p in parts], lead), clusters=clusters)
+
+
+def check_reach(node: Node, rows: np.ndarray, form: Format, clusters: np.ndarray | None = None) -> None:
+    """Raise `Declined` if the largest element is lost: beyond the largest scale of the format, or below the least."""
+    row, column = np.unravel_index(np.argmax(np.abs(rows)), rows.shape)
+    part, size = slice(row, row + 1), float(abs(rows[row, column]))
+    q = quantize_array(rows[part], form, clusters=None if clusters is None else clusters[part])
+    if abs(float(q.dequantize()[0, column])) < KEPT * size:
+        raise Declined(f"its weight reaches {size:.3g}, which scales of {form.scale} in {form} cannot hold", node)
 
 
 def some_rows(q: QTensor, chosen: np.ndarray | slice) -> QTensor:

@@ -35,6 +35,7 @@ from planish.ir.stats import ChannelStats
 from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import Context, Exactness, Pass, PassReport, kept_float, place
 from planish.passes.channels import positions
+from planish.passes.named import check_format
 from planish.passes.options import Range, option
 from planish.passes.reassembly import Matching, Reassembly, choose_reassembly
 from planish.passes.row_blocks import BlockError, row_block
@@ -61,6 +62,7 @@ class ReassembleChannels(Pass):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, default in (("weights", "channel"), ("activations", "token")):
+            check_format(self, name, "none")
             self._format(name, default)
 
     def _format(self, name: str, default: Any) -> Format | None:

@@ -14,6 +14,7 @@ from planish.ir.graph import Graph
 from planish.ir.rewriter import Rewriter
 from planish.ir.rounding import fake_quantize
 from planish.ir.row_mask import RowMask, rows_of
+from planish.ir.types import numpy_dtype
 from planish.passes.base import kept_float
 from planish.passes.float_branches import give_weight
 from planish.passes.sites import reads_by_weight, weight_matrix
@@ -83,5 +84,8 @@ def round_weights(graph: Graph, form: Format) -> Graph:
             if node.op.name != "linear" or x is None or not reads_by_weight(node, x) or node.result.name in kept:
                 continue
             matrix = torch.from_numpy(weight_matrix(node)).float()
-            give_weight(rewriter, node, fake_quantize(matrix, form).double().numpy())
+            weight = node.operands[1]
+            assert weight is not None and weight.dtype is not None
+            rounded = fake_quantize(matrix, form).numpy().astype(numpy_dtype(weight.dtype))  # not held in float64
+            give_weight(rewriter, node, rounded)
     return graph

@@ -91,6 +91,8 @@ def plain(q: QTensor, *elements: str) -> str | None:
         return f"a scale for each of {len(q.scale)} clusters"
     if q.codes.ndim != 2:
         return f"a tensor of rank {q.codes.ndim}; expected a matrix"
+    if q.codes.size == 0:
+        return f"a tensor without elements, of shape {q.shape}"
     if q.element not in elements:
         return f"elements {q.element}; expected {', '.join(elements)}"
     return None
