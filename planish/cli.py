@@ -365,6 +365,11 @@ def opt(
         save(result, output)
     else:
         to_onnx(result, output, target=goal, opset=opset)
+    last = max((i for i, p in enumerate(passes.passes) if "quantised" in p.gives), default=None)
+    if written and last is not None and not any(isinstance(p, Lower) for p in passes.passes[last:]):
+        report.passes[last].notes.append(
+            f"not lowered: an engine's optimiser may compute other numbers; put lower{{target={goal}}} behind it"
+        )
     if json:
         _print_json({"pipeline": str(passes), **report.as_dict()})
     elif output is not None and not quiet:

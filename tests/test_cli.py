@@ -197,6 +197,19 @@ def test_opt_writes_for_the_target_of_its_lowering(run: Run, model: Path, tmp_pa
     assert not (tmp_path / "q.onnx").exists()
 
 
+def test_opt_says_what_is_not_lowered(run: Run, model: Path, tmp_path: Path) -> None:
+    quantised = "raise,quantize{activations=uint8:tensor}"
+    told = "not lowered: an engine's optimiser may compute other numbers; put lower{target=ort} behind it"
+    for pipeline, output, notes in (
+        (quantised, "q.onnx", [told]),
+        (quantised, "q.ir", []),
+        (f"{quantised},lower{{target=ort}}", "q.onnx", []),
+    ):
+        code, out, _ = run("opt", model, "-p", pipeline, "-o", tmp_path / output, "--target", "ort", "--json")
+        assert code == 0
+        assert [n for p in json.loads(out)["passes"] for n in p["notes"] if "lowered" in n] == notes
+
+
 def test_an_option_is_suggested_as_it_is_spelled(run: Run, model: Path) -> None:
     for wrong in ("min_gian", "min-gian"):
         error = run("opt", model, "-p", f"raise,shift-channels{{{wrong}=1}}")[2]

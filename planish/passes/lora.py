@@ -5,7 +5,9 @@
 
 Exact: the sum equals the model with the merged weight. It holds because a branch of `extract-low-rank` reads x as the
 model made it (SVDQuant, arXiv 2411.05007), and does not where a pass has changed the channels that an adapter was
-trained on: not behind `extract-low-rank{fold=true}`, which is refused, nor behind scale-channels or rotations.
+trained on: not behind `extract-low-rank{fold=true}`, which is refused, nor behind passes that scale, shift, permute or
+rotate what a linear reads or gives (scale-channels, fold-norm-gain, rotate-channels, insert-hadamard, ...), which a
+graph does not tell: merge the adapters into the float model before those.
 """
 
 from __future__ import annotations
