@@ -132,6 +132,8 @@ def peer_targets(figures: dict[str, Any], peers: dict[str, Any]) -> list[Target]
 def spread(row: dict[str, Any], key: str) -> str:
     """Of a row: calibrated on Wikipedia; mean over both sets and half their distance."""
     held = [row[source][key] for source in row["sources"]]
+    if len(held) == 1:
+        return f"{held[0]:.4f}"
     return f"{held[0]:.4f} ({mean(held):.4f} +-{(max(held) - min(held)) / 2:.4f})"
 
 

@@ -24,21 +24,30 @@ from planish.ir.transform import Mix, Transform
 ROTATED = "rotated-norms"  # graph.meta: the results of the norms whose operand was rotated
 NORMS = frozenset({"rms_norm", "layer_norm"})
 KEPT = "kept-float"  # graph.meta: the results of linears that stay in float when the rest is quantised
+MOVED = "moved-channels"  # graph.meta: what linears read and give whose channels a pass transformed
 FOLDED = "its gain was folded for a rotation: a scale would return into it"
 
 
 def rotated_norms(graph: Graph) -> set[str]:
     """The names of the results of norms that read a rotated stream, of those that are still there."""
-    names = graph.meta.get(ROTATED, ())
+    return _names(graph, ROTATED)
+
+
+def _names(graph: Graph, key: str) -> set[str]:
+    """The names of values under a key of graph.meta, of those that are still there."""
+    names = graph.meta.get(key, ())
     assert isinstance(names, tuple)
     return {name for name in names if isinstance(name, str) and name in graph.values}
 
 
 def kept_float(graph: Graph) -> set[str]:
     """The names of the results of linears that stay in float: low-rank branches, outlier columns."""
-    names = graph.meta.get(KEPT, ())
-    assert isinstance(names, tuple)
-    return {name for name in names if isinstance(name, str) and name in graph.values}
+    return _names(graph, KEPT)
+
+
+def moved_channels(graph: Graph) -> set[str]:
+    """The names of what linears read and give that are not what the model made: a pass scaled, rotated, ... them."""
+    return _names(graph, MOVED)
 
 
 def keep_float(graph: Graph, result: Value) -> None:
@@ -154,8 +163,12 @@ class Context:
         return dataclasses.replace(space, constants=kept, blockers=[*space.blockers, *behind])
 
     def transformed(self, rewriter: Rewriter, space: Space, transform: Transform) -> None:
-        """Tell the statistics that a space was transformed by that rewriter, and the graph which norms it rotated."""
+        """Tell the statistics that a space was transformed by that rewriter, and the graph where, and which norms."""
         self.used.setdefault(transform.act, set()).update(space.key())
+        held = [rewriter.behind.get(m.value, m.value) for m in space.activations if m.value is not None]
+        linears = {v.name for v in held if any(n.op.name == "linear" for n in (v.producer, *v.users) if n is not None)}
+        if linears:
+            rewriter.graph.meta[MOVED] = tuple(sorted(moved_channels(rewriter.graph) | linears))
         if isinstance(transform, Mix) and transform.orthogonal:
             streams = [m.value for m in space.activations if m.value is not None]
             norms = {n.result.name for v in streams for n in v.users if n.op.name in NORMS and n.operands[0] is v}

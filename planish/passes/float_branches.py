@@ -14,8 +14,6 @@ from planish.ir.graph import Node, Value
 from planish.ir.rewriter import Rewriter
 from planish.passes.base import keep_float, kept_float
 
-FOLDED = "folded-smoothing"  # graph.meta: values that no longer are what the model made
-
 
 @dataclass(frozen=True, eq=False)
 class FloatBranch:

@@ -5,15 +5,14 @@
 
 Exact: the sum equals the model with the merged weight. It holds because a branch of `extract-low-rank` reads x as the
 model made it (SVDQuant, arXiv 2411.05007), and does not where a pass has changed the channels that an adapter was
-trained on: not behind `extract-low-rank{fold=true}`, which is refused, nor behind passes that scale, shift, permute or
-rotate what a linear reads or gives (scale-channels, fold-norm-gain, rotate-channels, insert-hadamard, ...), which a
-graph does not tell: merge the adapters into the float model before those.
+trained on (they scale, shift, permute or rotate what the linear reads or gives, or `extract-low-rank{fold=true}`): that
+is refused. Merge the adapters into the float model before those.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +23,8 @@ from planish.ir.graph import Graph, Node, Value
 from planish.ir.rewriter import Rewriter
 from planish.ir.types import TensorType
 from planish.ir.verifier import verify
-from planish.passes.base import keep_float, kept_float
-from planish.passes.float_branches import FOLDED, branch_of, columns_of, give_weight, sums_of
+from planish.passes.base import keep_float, kept_float, moved_channels
+from planish.passes.float_branches import branch_of, columns_of, give_weight, sums_of
 from planish.passes.sites import reads_by_weight, weight_matrix
 
 
@@ -39,16 +38,12 @@ def add_lora(graph: Graph, adapters: Mapping[str, tuple[Any, Any]], strength: fl
         strength: the factor (what peft calls alpha / rank).
 
     Raises:
-        PlanishError: no such linear, factors that do not fit it, or a graph that folded a smoothing.
+        PlanishError: no such linear, factors that do not fit it, or one whose channels a pass transformed.
     """
     if not np.isfinite(strength):
         raise PlanishError(f"add_lora: strength: expected a finite number; got {strength}")
     graph = graph.clone()
-    if graph.meta.get(FOLDED):
-        raise PlanishError(
-            "add_lora: extract-low-rank folded a smoothing: the channels are no longer those of the model",
-            hint="run it with fold=false",
-        )
+    moved = moved_channels(graph)
     added: dict[Node, list[tuple[Node, np.ndarray, np.ndarray]]] = defaultdict(list)
     with Rewriter(graph) as rewriter:
         for name, factors in adapters.items():
@@ -57,6 +52,8 @@ def add_lora(graph: Graph, adapters: Mapping[str, tuple[Any, Any]], strength: fl
             a, b = _factors(name, factors, total)
             x = _read(sums)
             branch = next((found for v in sums if (found := branch_of(v)) is not None), None)
+            _check_channels(name, moved, [x], "reads")
+            _check_channels(name, moved, sums, "gives")
             if branch is None or (x is not None and branch.down.operand(0) is not x):
                 _make(rewriter, name, total, x if x is not None else sums[0], a, strength * b)
                 continue
@@ -66,6 +63,17 @@ def add_lora(graph: Graph, adapters: Mapping[str, tuple[Any, Any]], strength: fl
             _extend(rewriter, down, parts)
     verify(graph)
     return graph
+
+
+def _check_channels(name: str, moved: set[str], values: Sequence[Value | None], verb: str) -> None:
+    """Raise where a pass transformed the channels of one of the values: an adapter is for those of the model."""
+    for value in values:
+        if value is not None and value.name in moved:
+            raise PlanishError(
+                f"add_lora: '{name}': a pass transformed the channels that it {verb}",
+                where=str(value.producer) if value.producer is not None else None,
+                hint="merge the adapter into the float model before passes that scale, shift or rotate, or fold",
+            )
 
 
 def _result(graph: Graph, name: str) -> Value:
@@ -93,7 +101,7 @@ def _result(graph: Graph, name: str) -> Value:
 
 
 def _read(sums: list[Value]) -> Value | None:
-    """What a linear read in the model, by the sums that it has become; None where only its branch says so."""
+    """What a linear read in the model, by the sums that it has become; None: nothing says so."""
     branch = next((found for v in sums if (found := branch_of(v)) is not None), None)
     narrow = None if branch is None else branch.down.operand(0)
     columns = next((gather for v in sums if (gather := columns_of(v)) is not None), None)
@@ -102,14 +110,14 @@ def _read(sums: list[Value]) -> Value | None:
     if columns is not None:
         value = columns.operand(0)
         if narrow is not None and value is not None and _is_smoothed(value, narrow):
-            return None  # the columns are of x / s
+            value = narrow  # the columns are of x / s
     elif node.op.name == "linear":
         value = _unquantised(node.operand(0))
-        if narrow is not None and not _is_reassembled(value):
-            return None  # it may read x / s
+        if narrow is not None and not _is_put_in(value):
+            value = narrow  # it may read x / s
     else:
-        return None
-    while value is not None and value.producer is not None and _is_reassembled(value):
+        value = narrow
+    while value is not None and value.producer is not None and _is_put_in(value):
         value = value.producer.operand(0)
     return value
 
@@ -124,8 +132,9 @@ def _is_smoothed(value: Value, x: Value) -> bool:
     return value is x
 
 
-def _is_reassembled(value: Value | None) -> bool:
-    return value is not None and value.producer is not None and value.producer.op.name == "reassemble"
+def _is_put_in(value: Value | None) -> bool:
+    """True for what stands in front of a linear at run time and was not in the model."""
+    return value is not None and value.producer is not None and value.producer.op.name in ("reassemble", "hadamard")
 
 
 def _factors(name: str, factors: tuple[Any, Any], total: Value) -> tuple[np.ndarray, np.ndarray]:

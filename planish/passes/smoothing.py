@@ -14,7 +14,6 @@ from planish.ir.stats import Stats
 from planish.ir.transform import Scale, Shift
 from planish.passes.base import Context
 from planish.passes.finite import require_finite_space
-from planish.passes.float_branches import FOLDED
 
 
 def fold_smoothing(rewriter: Rewriter, value: Value, s: np.ndarray, spaces: ChannelSpaces, context: Context) -> bool:
@@ -38,7 +37,6 @@ def fold_smoothing(rewriter: Rewriter, value: Value, s: np.ndarray, spaces: Chan
     except Declined:
         return False
     context.transformed(rewriter, space, transform)
-    rewriter.graph.meta[FOLDED] = True
     return True
 
 
