@@ -11,6 +11,7 @@ from patterns import golden
 
 import planish
 from planish.calibrate.collect import collect
+from planish.ir import store
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError, ValidationError
 from planish.ir.evaluator import evaluate
@@ -313,8 +314,9 @@ def test_the_range_of_a_cluster_is_its_own(bits: int) -> None:
 # -- after quantisation ---------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("clusters", "ids"), [(2, "u1"), (3, "u2")])
 @pytest.mark.parametrize("solver", ["rtn", "gptq"])
-def test_packed_and_layers_agree_after_quantisation(solver: str, tmp_path: object) -> None:
+def test_packed_and_layers_agree_after_quantisation(solver: str, clusters: int, ids: str, tmp_path: object) -> None:
     """The same codes and scales; the same outputs here, in ONNX Runtime and in torch, optimiser on and off."""
     graph = mlp()
     stats = collect(graph, [{k: v.float() for k, v in random_inputs(graph, seed).items()} for seed in range(4)])
@@ -322,14 +324,18 @@ def test_packed_and_layers_agree_after_quantisation(solver: str, tmp_path: objec
     found: dict[str, torch.Tensor] = {}
     held: dict[str, set[tuple[bytes, ...]]] = {}
     for form in FORMS:
-        text = f"split-layers{{form={form}}},quantize{{weights=uint2:tensor:split3 solver={solver}}}"
+        quantised = f"quantize{{weights=uint2:tensor:split{clusters} solver={solver}}}"
+        text = f"split-layers{{form={form} clusters={clusters}}},{quantised}"
         after, report = Pipeline(text).run(graph, stats=stats)
         check_text(after)
         assert not report["quantize"].declined
         wide = evaluate(after, x, torch.float64)["y"]
         found[form] = wide
         made = [n for n in after.nodes if n.op.name == "dequantize_split"]
-        assert len(made) == (2 if form == "packed" else 6)
+        assert len(made) == (2 if form == "packed" else 2 * clusters)
+        assert {n.operands[1].dtype for n in made} == {ids}
+        store.save(after, f"{tmp_path}/{form}.ir")
+        assert str(store.load(f"{tmp_path}/{form}.ir")) == str(after)
         held[form] = {tuple(v.constant.array().tobytes() for v in n.operands) for n in made}  # type: ignore[union-attr]
         expected = evaluate(after, x)["y"]
         torch.testing.assert_close(planish.to_torch(after)(x["x"]), expected, rtol=1e-4, atol=1e-4)

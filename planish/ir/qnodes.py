@@ -8,7 +8,7 @@ import numpy as np
 
 from planish.ir.constant import Constant
 from planish.ir.graph import Attribute, Node, Value
-from planish.ir.qtensor import QTensor
+from planish.ir.qtensor import QTensor, cluster_dtype
 from planish.ir.rewriter import Rewriter
 from planish.ir.types import WIDE_FLOATS, numpy_dtype
 
@@ -32,7 +32,8 @@ def insert_dequantize(
     if q.block is not None:
         attributes["block"] = q.block
     if q.clusters is not None:
-        operands.append(constant(q.clusters.astype(numpy_dtype("u2")), "u2", "clusters"))
+        ids = cluster_dtype(len(q.scale))
+        operands.append(constant(q.clusters.astype(numpy_dtype(ids)), ids, "clusters"))
     if q.global_scale is not None:
         stored = q.scale.astype(numpy_dtype(q.scale_dtype))
         levels = [

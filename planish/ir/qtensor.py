@@ -18,6 +18,11 @@ import numpy as np
 from planish.ir.types import bits, is_float
 
 
+def cluster_dtype(clusters: int) -> str:
+    """The dtype that holds the ids of so many clusters: u1 or u2."""
+    return "u1" if clusters <= 2 else "u2"
+
+
 @dataclass(frozen=True, eq=False)
 class QTensor:
     """A tensor of low-bit numbers.
@@ -84,7 +89,7 @@ class QTensor:
         """Bits per element: codes, cluster ids, scales and zero points."""
         total = float(bits(self.element)) * self.codes.size + bits(self.scale_dtype) * self.scale.size
         if self.clusters is not None:
-            total += self.codes.size * int(np.ceil(np.log2(len(self.scale))))
+            total += self.codes.size * bits(cluster_dtype(len(self.scale)))
         if self.zero is not None:
             total += self.zero.size * bits(self.scale_dtype if self.zero_is_float else self.element)
         if self.group_index is not None:

@@ -50,10 +50,11 @@ _DTYPES: dict[str, tuple[int | None, str, str | None, int]] = {
     "i2": (26, "int2", None, 2),
     "f6e2m3": (27, "float6_e2m3fn", None, 6),
     "f6e3m2": (28, "float6_e3m2fn", None, 6),
-    "u3": (None, "uint8", None, 3),  # ml_dtypes has none: held one a byte
+    "u1": (None, "uint8", None, 1),  # held one a byte, as ml_dtypes holds those that it has
+    "u3": (None, "uint8", None, 3),
     "i3": (None, "int8", None, 3),
 }
-HOLDERS = {"u3": "u4", "i3": "i4"}  # where there is no ONNX number: the next wider dtype that has one
+HOLDERS = {"u1": "u2", "u3": "u4", "i3": "i4"}  # where there is no ONNX number: the next wider dtype that has one
 DTYPES = frozenset(_DTYPES)
 _FLOATS = frozenset(n for n in _DTYPES if n.startswith(("f", "bf")))
 WIDE_FLOATS = frozenset({"f16", "bf16", "f32", "f64"})  # the floats that arithmetic is done in

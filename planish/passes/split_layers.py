@@ -31,6 +31,7 @@ import numpy as np
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph, Node, Value
+from planish.ir.qtensor import cluster_dtype
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.stats import Stats
 from planish.ir.types import WIDE_FLOATS, numpy_dtype
@@ -140,7 +141,10 @@ class SplitLayers(Pass):
             raise Declined("its weight holds one value or none", node)
         shares = np.bincount(ids.reshape(-1), minlength=self.clusters) / ids.size
         report.figures.setdefault("shares", {})[weight.name] = [round(float(s), 6) for s in shares]
-        held = rewriter.constant(Constant(ids.astype(numpy_dtype("u2")), "u2", ids.shape), f"{weight.name}.clusters")
+        narrow = cluster_dtype(self.clusters)
+        held = rewriter.constant(
+            Constant(ids.astype(numpy_dtype(narrow)), narrow, ids.shape), f"{weight.name}.clusters"
+        )
         ones = np.ones(self.clusters)
         scale = rewriter.constant(Constant(ones, weight.constant.dtype, ones.shape), f"{weight.name}.scales")
 

@@ -137,7 +137,7 @@ class Param:
     variadic: bool = False
 
 
-HELD_AS = {"u2": "u8", "u3": "u8", "u4": "u8", "i2": "i8", "i3": "i8", "i4": "i8"}  # what torch lacks
+HELD_AS = {"u1": "u8", "u2": "u8", "u3": "u8", "u4": "u8", "i2": "i8", "i3": "i8", "i4": "i8"}  # what torch lacks
 HELD_AS |= dict.fromkeys(("f4e2m1", "f6e2m3", "f6e3m2", "f8e8m0"), "f32")
 
 
