@@ -478,6 +478,22 @@ def test_kernels_behind_a_clip(options: str, target: str) -> None:
     near(graph, lowered, target, inputs, 2e-2)
 
 
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+@pytest.mark.parametrize("activation", ["uint8", "int8", "e4m3"])
+def test_a_float_weight_beside_codes(activation: str, target: str) -> None:
+    """The optimiser rounds a float kernel whose input comes from DequantizeLinear: 1e-2 off, or no session at all."""
+    b = Build()
+    h = b("gelu", b("conv", b.input("x", "f32[1, 4, 6, 6]"), b.random(8, 4, 3, 3), b.random(8)))
+    h = b("conv", h, b.random(4, 8, 3, 3), b.random(4))
+    h = b("reshape", h, np.array([1, 16], np.int64))
+    graph = b.output(b("gemm", h, b.random(5, 16), b.random(5), trans_b=True))
+    inputs = {"x": np.random.default_rng(0).normal(size=(1, 4, 6, 6)).astype(np.float32)}
+    pipeline = Pipeline(f"quantize{{weights=none activations={activation}:tensor:static}}")
+    graph, _ = pipeline.run(graph, stats=collect(graph, [inputs]))
+    lowered, _ = lower(graph, target)
+    near(graph, lowered, target, inputs, 1e-5)
+
+
 @pytest.mark.parametrize("opset", [19, 20])
 def test_fp8_behind_a_relu_at_an_older_opset(opset: int) -> None:
     b = Build()

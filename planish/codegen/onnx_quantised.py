@@ -2,7 +2,8 @@
 
 quantize          QuantizeLinear; Div, Round, Add, Clip where the scales broadcast or the dtype is too narrow
 dequantize        DequantizeLinear, with `block_size` for a scale per block; Cast, Sub, Mul where the scale is one
-                  per row, the zero point a float, or the codes are looked up (`planish.codegen.onnx_codes`)
+                  per row, the zero point a float, the codes are looked up (`planish.codegen.onnx_codes`), or a
+                  product with a float weight reads it
 dequantize_split  the same for each cluster, and Where(cluster = k) between them
 dynamic_quantize  DynamicQuantizeLinear; per row: codes = clip(round(x / s) + 128), s = max |row| / 127;
                   with a floor: see `_floored`; all else: `planish.codegen.onnx_dynamic`
@@ -55,6 +56,9 @@ def _fits(e: Emission, axis: int | None, block: int | None, shape: Shape) -> boo
     return axis is not None or shape in ((), (1,))
 
 
+_PRODUCTS = frozenset({"linear", "gemm", "matmul", "conv", "conv_transpose"})
+
+
 def _is_clipped(x: Value) -> bool:
     """True if a value comes from a Clip, whatever moves its elements on the way."""
     node = x.producer
@@ -101,7 +105,14 @@ def _quantize(node: Node, e: Emission) -> None:
 def _dequantize(node: Node, e: Emission) -> None:
     codes, scale, zero = node.operands[0], node.operands[1], node.operand(2)
     assert codes is not None and scale is not None
-    _numbers(node, e, codes, codes_of(node, e, codes), scale, zero, e.outputs(node))
+    _numbers(node, e, codes, codes_of(node, e, codes), scale, zero, e.outputs(node), hidden=_beside_float(node))
+
+
+def _beside_float(node: Node) -> bool:
+    """True if a product with a float weight reads the result: ONNX Runtime's optimiser would quantise that weight."""
+    readers = [n for n in node.result.users if n.op.name in _PRODUCTS and n.operands[0] is node.result]
+    weights = [n.operand(1) for n in readers]
+    return any(w is not None and w.is_constant and w.dtype in WIDE_FLOATS for w in weights)
 
 
 def _numbers(
@@ -113,17 +124,20 @@ def _numbers(
     zero: Value | None,
     outputs: list[str] | None,
     cluster: int | None = None,
+    hidden: bool = False,
 ) -> str:
     """(codes - zero) * scale; of one cluster, the scale and the zero point are rows of theirs.
 
     Args:
         written: the codes as the model has them: name and dtype.
+        hidden: in arithmetic, not as DequantizeLinear.
     """
     (axis, block), lead = _layout(node, e), int(cluster is not None)
     dtype, shape = result_dtype(node, scale), None if scale.shape is None else scale.shape[lead:]
     factor = _row(e, scale_of(e, scale, dtype), scale, cluster)
     name, kind = written
-    if kind not in WIDE_FLOATS and _fits(e, axis, block, shape) and (zero is None or zero.dtype not in WIDE_FLOATS):
+    fits = kind not in WIDE_FLOATS and _fits(e, axis, block, shape) and not hidden
+    if fits and (zero is None or zero.dtype not in WIDE_FLOATS):
         operands = [name, factor]
         if zero is not None:
             offset, offset_kind = codes_of(node, e, zero)

@@ -5,9 +5,9 @@
     e_j = (w'_j - q_j) R_jj,        w'_j = w_j + sum_{i<j} D_i R_ij / R_jj,        q_j = nearest level to w'_j
 
 Column by column: each takes up what the columns before it left, a few in turn and many at once in products of
-matrices. This is the recursion of Frantar et al. (arXiv
-2210.17323) with R in place of the inverse of the Cholesky factor of H^-1 (U = R^-1): the same numbers from one
-factorisation and no inverse. The identity of the first two lines is what the tests hold it to.
+matrices. This is the recursion of Frantar et al. (arXiv 2210.17323) with R in place of the inverse of the Cholesky
+factor of H^-1 (U = R^-1): the same numbers from one factorisation and no inverse. The identity of the first two lines
+is what the tests hold it to.
 
 Scales, zero points and blocks are those of the weight as it came (static groups), so that the order of the
 columns is free: by falling diag(H) (act-order), or as they stand. A column that is never used (H_jj = 0) is
