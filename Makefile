@@ -19,7 +19,7 @@ help: ## this list
 demo: $(VENV)/.stamp-dev ## quantise the real MiniLM encoder, ONNX to ONNX, and print the comparison
 	$(BIN)/python bench/encoder.py --demo
 
-test: $(VENV)/.stamp-dev ## the fast tests (under 3 minutes on two cores)
+test: $(VENV)/.stamp-dev ## the fast tests (under 10 minutes on two cores)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.stamp-dev ## the slow tests
