@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LENGTH, CHUNK = gemma.LENGTH, 128
 WINDOWS, QUICK_WINDOWS = 40, 4  # of 512 tokens: 40 are 20,440 predicted tokens
 KL_WINDOWS, SHORT_WINDOWS = 4, 8  # for the divergence; for ablations
-CALIBRATION_WINDOWS, SAMPLED = 16, 512  # rows that statistics keep of each value
+CALIBRATION_WINDOWS, SAMPLED = 32, 512  # rows that statistics keep of each value
 SEED = 0
 Hidden = Callable[["torch.Tensor"], "torch.Tensor"]
 
