@@ -108,6 +108,13 @@ def is_signed(q: QTensor) -> bool:
     return q.element.startswith("i")
 
 
+def one_level(q: QTensor, dtypes: tuple[str, ...]) -> str | None:
+    """Why a tensor has scales of two levels, or of other dtypes; None if it has not."""
+    if q.global_scale is not None:
+        return "a scale of the whole tensor beside those of the blocks"
+    return None if q.scale_dtype in dtypes else f"scales of {q.scale_dtype}; expected {', '.join(dtypes)}"
+
+
 def rows_and_groups(q: QTensor) -> str | None:
     """Why a matrix has other scales than of the tensor, its rows, or groups along its rows; None if it has not."""
     if q.axis is None:

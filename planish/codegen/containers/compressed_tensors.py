@@ -23,6 +23,7 @@ from planish.codegen.containers.base import (
     Container,
     Packed,
     is_signed,
+    one_level,
     plain,
     register,
     rows_and_groups,
@@ -47,12 +48,6 @@ def _scaled(q: QTensor, *elements: str) -> str | None:
     if q.zero is not None and q.zero_is_float:
         return "zero points that are floats"
     return None
-
-
-def _plain_scales(q: QTensor) -> str | None:
-    if q.global_scale is not None:
-        return "a scale of the whole tensor beside those of the blocks"
-    return None if q.scale_dtype in SCALES else f"scales of {q.scale_dtype}; expected {', '.join(SCALES)}"
 
 
 def _laid_out(held: np.ndarray, q: QTensor) -> np.ndarray:
@@ -107,7 +102,7 @@ def _integers(
 
 
 def _int_refuses(q: QTensor) -> str | None:
-    why = _scaled(q, *INTEGERS) or _plain_scales(q)
+    why = _scaled(q, *INTEGERS) or one_level(q, SCALES)
     return why or ("blocks that are not consecutive" if q.group_index is not None else None)
 
 
@@ -131,7 +126,7 @@ def _int_unpack(packed: Packed) -> QTensor:
 
 
 def _pack_refuses(q: QTensor) -> str | None:
-    return _scaled(q, *INTEGERS) or _plain_scales(q)
+    return _scaled(q, *INTEGERS) or one_level(q, SCALES)
 
 
 def _pack_pack(q: QTensor, *, words: Literal["dense", "whole"] = "dense") -> Packed:
@@ -171,7 +166,7 @@ def _pack_unpack(packed: Packed) -> QTensor:
 
 
 def _float_refuses(q: QTensor) -> str | None:
-    why = _scaled(q, "f8e4m3fn") or _plain_scales(q)
+    why = _scaled(q, "f8e4m3fn") or one_level(q, SCALES)
     return why or ("blocks that are not consecutive" if q.group_index is not None else None)
 
 

@@ -18,6 +18,7 @@ from planish.codegen.containers.base import (
     Container,
     Packed,
     is_signed,
+    one_level,
     plain,
     register,
     rows_and_groups,
@@ -34,13 +35,9 @@ SCALES = ("f32", "f16")
 
 def refuses(q: QTensor) -> str | None:
     """Why GatherBlockQuantized cannot hold a table [V, D]; None if it can."""
-    why = plain(q, *ELEMENTS) or rows_and_groups(q) or bad_block(q.block)
+    why = plain(q, *ELEMENTS) or rows_and_groups(q) or bad_block(q.block) or one_level(q, SCALES)
     if why is not None:
         return why
-    if q.global_scale is not None:
-        return "a scale of the whole tensor beside those of the blocks"
-    if q.scale_dtype not in SCALES:
-        return f"scales of {q.scale_dtype}; expected {', '.join(SCALES)}"
     if q.zero_is_float:
         return "zero points that are floats"
     if q.group_index is not None:

@@ -24,6 +24,7 @@ from planish.codegen.containers.base import (
     Container,
     Packed,
     is_signed,
+    one_level,
     plain,
     register,
     rows_and_groups,
@@ -42,14 +43,7 @@ SPREAD = 128  # the block over which one scale of a row is repeated
 
 def refuses(q: QTensor) -> str | None:
     """Why MatMulNBits cannot hold a matrix [N, K]; None if it can."""
-    why = plain(q, *ELEMENTS) or rows_and_groups(q)
-    if why is not None:
-        return why
-    if q.global_scale is not None:
-        return "a scale of the whole tensor beside those of the blocks"
-    if q.scale_dtype not in SCALES:
-        return f"scales of {q.scale_dtype}; expected {', '.join(SCALES)}"
-    return bad_block(q.block)
+    return plain(q, *ELEMENTS) or rows_and_groups(q) or one_level(q, SCALES) or bad_block(q.block)
 
 
 def kernel_refuses(q: QTensor) -> str | None:
