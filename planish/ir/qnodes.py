@@ -132,14 +132,20 @@ def _with_group_index(node: Node) -> QTensor | None:
     return replace(held, codes=codes, clusters=ids, group_index=positions.astype(np.int64) // held.block)
 
 
+def by_columns(node: Node) -> bool:
+    """True if the weight of a linear, gemm or matmul is stored as [inputs, outputs]; a kernel never is."""
+    match node.op.name:
+        case "linear":
+            return bool(node.attributes.get("transposed", False))
+        case "conv" | "conv_transpose":
+            return False
+        case _:
+            return not node.attributes.get("trans_b", False)
+
+
 def weight_of(node: Node) -> QTensor | None:
     """The quantised weight of a linear or gemm as [outputs, inputs]; None if it is not quantised."""
     q = qtensor_of(node.operand(1))
     if q is None or len(q.shape) != 2:
         return None
-    by_columns = (
-        node.attributes.get("transposed", False)
-        if node.op.name == "linear"
-        else not node.attributes.get("trans_b", False)
-    )
-    return q.transposed() if by_columns else q
+    return q.transposed() if by_columns(node) else q

@@ -5,6 +5,7 @@ total = main + up(down(x))        down and up are linears that stay in float (`p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,37 +24,32 @@ class FloatBranch:
     up: Node
 
 
-def branch_of(total: Value) -> FloatBranch | None:
-    """The branch that is added in a sum; None if the value is no such sum."""
+def _float_linears(total: Value) -> Iterator[tuple[Node, Node]]:
+    """The linears in a sum that stay in float, each with the node that makes what it reads."""
     node = total.producer
     if node is None or node.op.name != "add" or node.graph is None:
-        return None
+        return
     kept = kept_float(node.graph)
     for addend in node.operands:
-        up = addend.producer if addend is not None else None
-        if up is None or up.op.name != "linear" or up.result.name not in kept:
+        linear = addend.producer if addend is not None else None
+        if linear is None or linear.op.name != "linear" or linear.result.name not in kept:
             continue
-        narrow = up.operand(0)
-        down = narrow.producer if narrow is not None else None
-        if down is not None and down.op.name == "linear" and down.result.name in kept:
+        read = linear.operand(0)
+        if read is not None and read.producer is not None:
+            yield linear, read.producer
+
+
+def branch_of(total: Value) -> FloatBranch | None:
+    """The branch that is added in a sum; None if the value is no such sum."""
+    for up, down in _float_linears(total):
+        if down.op.name == "linear" and down.graph is not None and down.result.name in kept_float(down.graph):
             return FloatBranch(down, up)
     return None
 
 
 def columns_of(total: Value) -> Node | None:
     """The gather of the columns that a float linear in a sum reads (`extract-outliers`); None if there is none."""
-    node = total.producer
-    if node is None or node.op.name != "add" or node.graph is None:
-        return None
-    kept = kept_float(node.graph)
-    for addend in node.operands:
-        up = addend.producer if addend is not None else None
-        if up is None or up.op.name != "linear" or up.result.name not in kept:
-            continue
-        loud = up.operand(0)
-        if loud is not None and loud.producer is not None and loud.producer.op.name == "gather":
-            return loud.producer
-    return None
+    return next((made for _, made in _float_linears(total) if made.op.name == "gather"), None)
 
 
 def sums_of(value: Value) -> list[Value]:

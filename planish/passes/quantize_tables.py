@@ -16,12 +16,12 @@ from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.formats import Format
 from planish.ir.graph import Attribute, Node, Value
-from planish.ir.qnodes import insert_dequantize
+from planish.ir.qnodes import by_columns, insert_dequantize
 from planish.ir.qtensor import QTensor
 from planish.ir.rewriter import Rewriter
 from planish.ir.types import WIDE_FLOATS
 from planish.passes.base import PassReport, place
-from planish.passes.quantize_weights import by_columns, check_reach, round_rows, weight_sqnr
+from planish.passes.quantize_weights import check_reach, round_rows, weight_sqnr
 from planish.passes.solvers import Clip
 
 

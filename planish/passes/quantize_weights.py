@@ -18,7 +18,7 @@ import torch
 from planish.ir.errors import PlanishError
 from planish.ir.formats import Format
 from planish.ir.graph import Node, Value
-from planish.ir.qnodes import insert_dequantize
+from planish.ir.qnodes import by_columns, insert_dequantize
 from planish.ir.qtensor import QTensor
 from planish.ir.rewriter import Declined, Rewriter
 from planish.ir.rounding import quantize_array
@@ -32,13 +32,6 @@ KEPT = 0.6  # of the largest element of a row: what rounding to 2 bits leaves
 SHOWN = 64  # rows of a weight by which the error of its output is judged for the report
 
 Curvature = Callable[[], torch.Tensor | None]  # H of what a linear reads; None: unknown
-
-
-def by_columns(node: Node) -> bool:
-    """True if the weight of a linear or gemm is stored as [inputs, outputs]."""
-    if node.op.name == "linear":
-        return bool(node.attributes.get("transposed", False))
-    return node.op.name == "gemm" and not node.attributes.get("trans_b", False)
 
 
 def split_of(weight: Value | None) -> Node | None:

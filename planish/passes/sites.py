@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planish.ir.graph import Node, Value
+from planish.ir.qnodes import by_columns
 from planish.ir.spaces import Member, Space
 from planish.ir.stats import Stats
 from planish.ir.transform import copies
@@ -79,12 +80,7 @@ def weight_matrix(node: Node) -> np.ndarray:
     data = weight.constant.wide()
     if node.op.name == "conv":
         return np.moveaxis(data, 1, -1).reshape(-1, data.shape[1])
-    transposed = (
-        node.attributes.get("transposed", False)
-        if node.op.name == "linear"
-        else not node.attributes.get("trans_b", False)
-    )
-    return data.T if transposed else data
+    return data.T if by_columns(node) else data
 
 
 def grouped_matrix(node: Node) -> np.ndarray:
