@@ -1,6 +1,7 @@
 """What quantisation costs real models in accuracy, beside the other quantisers, and what each pass contributes.
 
     python bench/accuracy.py [--quick] [--json FILE] [--only KEY ...] [--no-peers] [--no-ablation] [--keep DIR]
+                             [--resume FILE ...]
 
 Gemma 3 270M: perplexity on 40 windows of 512 tokens of the Brown corpus over that of float in the same run, and the KL
 divergence from float's logits. Every linear of its blocks is quantised; the embedding, which is the head too, stays in
@@ -12,6 +13,9 @@ figures calibrated on Wikipedia (mean over both sets +- half their distance); ta
 bits    per weight of the quantised linears: codes, scales, zero points, cluster ids, float branches (16 bits)
 without the figure of the same recipe with one pass or option left out (fewer windows; in the table beside the
         recipe's own figure on those)
+
+The whole takes hours: `--json` is written after each figure, and `--resume` measures only what is in none of the
+files that earlier runs wrote, cut off ones too.
 """
 
 from __future__ import annotations
@@ -65,17 +69,19 @@ def measure(model: Model, row: rows.Row, source: str, short: bool) -> dict[str, 
     if short:
         figures["short"] = short_figure(model, graph)
     seconds = f"{figures['seconds']:.0f} s + {time.perf_counter() - start:.0f} s"
-    note(f"{row.model} {row.key} {source}: {headline(figures)}, {seconds}")
+    note(f"{row.name} {source}: {headline(figures)}, {seconds}")
     return figures
 
 
-def ablate(model: Model, row: rows.Row, whole: float) -> dict[str, float]:
+def ablate(model: Model, row: rows.Row, own: dict[str, Any], save: Any) -> None:
     """The figure of a row, and of what is left of it without each pass; calibrated on Wikipedia."""
-    found = {"all": whole}
+    whole = own[SOURCES[0]]["short"]
+    found = own.setdefault("without", {"all": whole})
     for label in row.without:
-        found[label] = short_figure(model, quantised(model, row, SOURCES[0], label)[0])
-        note(f"{row.model} {row.key} without {label}: {found[label]:.4f}, with all {whole:.4f}")
-    return found
+        if label not in found:
+            found[label] = short_figure(model, quantised(model, row, SOURCES[0], label)[0])
+            note(f"{row.name} without {label}: {found[label]:.4f}, with all {whole:.4f}")
+            save()
 
 
 def headline(figures: dict[str, Any]) -> str:
@@ -86,15 +92,36 @@ def headline(figures: dict[str, Any]) -> str:
 def run_rows(
     model: Model, wanted: list[rows.Row], ablation: bool, sources: tuple[str, ...], figures: dict[str, Any], save: Any
 ) -> None:
-    """Measure rows into `figures`."""
+    """Measure into `figures` what of the rows is not in them."""
     for row in wanted:
-        own = figures[f"{row.model} {row.key}"] = {"bound": row.bound, "recipe": row.recipe, "sources": sources}
+        own = figures.setdefault(row.name, {"bound": row.bound, "recipe": row.recipe, "sources": sources})
         for source in sources:
-            own[source] = measure(model, row, source, ablation and source == SOURCES[0])
-            save()
+            short = ablation and source == SOURCES[0]
+            if source not in own or (short and "short" not in own[source]):
+                own[source] = measure(model, row, source, short)
+                save()
         if ablation and row.without:
-            own["without"] = ablate(model, row, own[SOURCES[0]]["short"])
-            save()
+            ablate(model, row, own, save)
+
+
+def complete(row: rows.Row, figures: dict[str, Any], ablation: bool, sources: tuple[str, ...]) -> bool:
+    """True if nothing of a row is left to measure."""
+    own = figures.get(row.name, {})
+    measured = all(s in own for s in sources)
+    return measured and (not ablation or set(row.without) <= own.get("without", {}).keys())
+
+
+def earlier(files: list[Path]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Rows, float figures and peers of what earlier runs wrote."""
+    figures: dict[str, Any] = {}
+    floats: dict[str, Any] = {}
+    peers: dict[str, Any] = {}
+    for file in files:
+        held = json.loads(file.read_text())["figures"]
+        figures.update(held["rows"])
+        floats.update(held["float"])
+        peers.update(held["peers"])
+    return figures, floats, peers
 
 
 def targets(figures: dict[str, Any]) -> list[Target]:
@@ -171,6 +198,7 @@ def main() -> int:
         only={"nargs": "+", "metavar": "KEY", "help": "only the rows whose key holds one of these"},
         no_peers={"action": "store_true", "help": "planish alone"},
         no_ablation={"action": "store_true", "help": "nothing is left out in turn"},
+        resume={"type": Path, "nargs": "+", "default": [], "metavar": "FILE", "help": "figures of earlier runs"},
         keep={"type": Path, "metavar": "DIR", "help": "keep graphs and statistics in DIR, and use what is there"},
     )
     warnings.simplefilter("ignore")
@@ -182,36 +210,38 @@ def main() -> int:
 
 
 def compare(options: Any) -> int:
-    figures: dict[str, Any] = {}
-    floats: dict[str, Any] = {}
-    peers: dict[str, Any] = {}
+    figures, floats, peers = earlier(options.resume)
+    outcome = Outcome("accuracy", {"float": floats, "rows": figures, "peers": peers})
     if options.keep is not None:
         options.keep.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:
         if options.json is not None:
-            options.json.write_text(json.dumps({"partial": figures, "peers": peers}, indent=1, default=float) + "\n")
+            options.json.write_text(json.dumps({"figures": outcome.figures}, indent=1, default=float) + "\n")
 
-    for kind, listed in ((Encoder, rows.MINILM), (Gemma, rows.GEMMA)):
-        wanted = [r for r in listed if not options.only or any(o in f"{r.model} {r.key}" for o in options.only)]
-        if not wanted:
+    ablation = not (options.no_ablation or options.quick)
+    sources = SOURCES[:1] if options.quick else SOURCES
+    for kind, name, listed in ((Encoder, "minilm", rows.MINILM), (Gemma, "gemma", rows.GEMMA)):
+        wanted = [r for r in listed if not options.only or any(o in r.name for o in options.only)]
+        rivals = not options.no_peers and not any(p["model"] == name for p in peers.values())
+        left = [r for r in wanted if not complete(r, figures, ablation, sources)]
+        if not wanted or not (left or rivals or name not in floats):
             continue
         model: Model = kind(options.quick, options.keep)
-        if isinstance(model, Gemma):
-            every = range(len(model.tokens))
-            floats["gemma"] = {"perplexity": model.perplexity(every), "ratio": 1.0, "kl": 0.0}
-        else:
-            floats["minilm"] = asdict(model.float)
-        sources = SOURCES[:1] if options.quick else SOURCES
-        run_rows(model, wanted, not options.no_ablation and not options.quick, sources, figures, save)
-        if not options.no_peers:
+        if name not in floats:
+            if isinstance(model, Gemma):
+                perplexity = model.perplexity(range(len(model.tokens)))
+                floats[name] = {"perplexity": perplexity, "ratio": 1.0, "kl": 0.0}
+            else:
+                floats[name] = asdict(model.float)
+        run_rows(model, left, ablation, sources, figures, save)
+        if rivals:
             import accuracy_peers
 
             peers.update(accuracy_peers.measure(model, options.quick))
             save()
         del model
     show(figures, floats, peers)
-    outcome = Outcome("accuracy", {"float": floats, "rows": figures, "peers": peers})
     outcome.targets = [*targets(figures), *peer_targets(figures, peers)]
     return outcome.finish(options.json)
 

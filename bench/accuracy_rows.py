@@ -27,6 +27,10 @@ class Row:
     bound: float | None = None
     without: tuple[str, ...] = ()
 
+    @property
+    def name(self) -> str:
+        return f"{self.model} {self.key}"
+
     def passes(self, left_out: str | None = None) -> list[Any]:
         """The passes of the row, one of them (or one option) left out."""
         from planish.integrate.recipes import load_recipe
