@@ -101,6 +101,16 @@ def test_a_pass_needs_what_an_earlier_one_broke(monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_nothing_comes_after_the_lowering() -> None:
+    with pytest.raises(PlanishError) as caught:
+        Pipeline("lower,quantize")
+    assert str(caught.value) == (
+        "pass 'quantize': comes after 'lower', which writes the forms of a target\n"
+        "  in lower,quantize\n  hint: put 'lower' at the end"
+    )
+    assert len(Pipeline("quantize,lower,lower{target=ort}").passes) == 3
+
+
 def test_the_real_facts() -> None:
     """What breaks a fact that another pass gives is said for the passes that come with planish."""
     from planish.passes.fold_norm_gain import FoldNormGain

@@ -26,6 +26,7 @@ class Lower(Pass):
 
     name = "lower"
     exactness = Exactness.LOSSY  # the same numbers up to the order of float operations; rounding may fall otherwise
+    final = True
 
     target: Literal["onnx", "ort"] = "onnx"
     opset: int | None = None  # none: the model's own, raised where that is faster

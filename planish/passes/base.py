@@ -195,7 +195,8 @@ class Pass:
     """Base of all passes. Subclasses are frozen dataclasses with class attributes:
 
     name: the name in pipelines. exactness: the promise. needs / gives / breaks: facts about the graph that
-    must hold before, hold after, or hold no longer after (see `planish.passes.manager`).
+    must hold before, hold after, or hold no longer after (see `planish.passes.manager`). final: nothing but
+    a pass of its own kind may follow it.
     """
 
     name: ClassVar[str]
@@ -203,6 +204,7 @@ class Pass:
     needs: ClassVar[frozenset[str]] = frozenset()
     gives: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
+    final: ClassVar[bool] = False
 
     @property
     def needs_stats(self) -> bool:

@@ -134,7 +134,12 @@ class Pipeline:
     def _check_order(self) -> None:
         broken: dict[str, str] = {}
         given: set[str] = set()
+        last: Pass | None = None
         for instance in self.passes:
+            if last is not None and not instance.final:
+                what = f"pass '{instance.name}': comes after '{last.name}', which writes the forms of a target"
+                raise PlanishError(what, where=str(self), hint=f"put '{last.name}' at the end")
+            last = instance if instance.final else None
             for fact in sorted(instance.needs - given):
                 givers = [name for name in REGISTRY if fact in pass_class(name).gives]
                 hint = f"run {' or '.join(givers)} before it" if givers else None
