@@ -10,12 +10,14 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+import torch
 from helpers import check_text
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx_models import encoder, encoder_feeds, linear, node_model
 
 from planish.capture.from_onnx import from_onnx
 from planish.codegen.onnx import to_model
+from planish.codegen.torch import to_torch
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
@@ -433,6 +435,32 @@ def test_operands_computed_at_run_time_stay_opaque(op_type: str) -> None:
     assert [n.op.name for n in capture(model).nodes] == [f"onnx::{op_type}"]
     size = 1 if op_type == "Split" else 0
     round_trip(model, [{"x": X[:1], "n": np.array([size])}])
+
+
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_stacked_indices(batch_dims: int) -> None:
+    """GatherND becomes a gather_nd with negative positions too, and torch code; with batch axes it stays opaque."""
+    rng = np.random.default_rng(0)
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("GatherND", ["x", "at"], ["y"], batch_dims=batch_dims)],
+            "gather",
+            [
+                helper.make_tensor_value_info("x", TensorProto.FLOAT, [3, 4, 5]),
+                helper.make_tensor_value_info("at", TensorProto.INT64, [3, 7, 2]),
+            ],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 7, 5] if batch_dims == 0 else [3, 7])],
+        ),
+        opset_imports=[helper.make_opsetid("", 20)],
+        ir_version=10,
+    )
+    feeds = {"x": rng.standard_normal((3, 4, 5)).astype(np.float32), "at": rng.integers(-3, 3, (3, 7, 2))}
+    round_trip(model, [feeds])
+    graph = capture(model)
+    assert [n.op.name for n in graph.nodes] == ["onnx::GatherND" if batch_dims else "gather_nd"]
+    if not batch_dims:
+        held = to_torch(graph)(*map(torch.from_numpy, feeds.values()))
+        assert np.array_equal(held.numpy(), run(model, [feeds])[0][0])
 
 
 def test_results_beyond_the_first_keep_a_node_opaque() -> None:

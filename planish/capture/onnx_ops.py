@@ -247,6 +247,13 @@ def _gather(view: View) -> Made | None:
     return Made("gather", view.inputs(2), {"axis": view.get_int("axis")})
 
 
+@_for("GatherND")
+def _gather_nd(view: View) -> Made | None:
+    if view.get_int("batch_dims", 0) != 0:
+        return None
+    return Made("gather_nd", view.inputs(2), {"stacked": True})
+
+
 @_for("Unsqueeze")
 def _unsqueeze(view: View) -> Made | None:
     axes, rank = _given_axes(view, 1, view.since >= 13), view.rank(0)

@@ -73,15 +73,34 @@ def _nonzero(node: Node, e: Emission) -> None:
 @emitter("gather_nd")
 def _gather_nd(node: Node, e: Emission) -> None:
     x, indices = _operand(node, 0), [_operand(node, i) for i in range(1, len(node.operands))]
+    stacked = bool(node.attributes.get("stacked", False))
+    if stacked and not _axis(node):
+        e.add("GatherND", [e.name(x), _indices(e, indices[0])], e.outputs(node))
+        return
     if x.rank is None or node.result.rank is None or any(i.rank is None for i in indices):
         raise e.fail(node, "an unknown rank is not possible")
     axis, taken = _axis(node) % x.rank, len(indices)
+    if stacked:
+        last = indices[0].shape[-1] if indices[0].shape else None
+        if not isinstance(last, int):
+            raise e.fail(node, "an unknown number of indexed axes is not possible")
+        taken = last
     order = [*range(axis, axis + taken), *range(axis), *range(axis + taken, x.rank)]
     data = e.name(x)
     if axis:
         data = e.add("Transpose", [data], perm=tuple(order))
+    where = _indices(e, indices[0]) if stacked else _stacked(e, indices)
+    found = e.add("GatherND", [data, where], None if axis else e.outputs(node))
+    if axis:
+        span = node.result.rank - (x.rank - taken)
+        back = [*range(span, span + axis), *range(span), *range(span + axis, node.result.rank)]
+        e.add("Transpose", [found], e.outputs(node), perm=tuple(back))
+
+
+def _stacked(e: Emission, indices: list[Value]) -> str:
+    """Indices that broadcast against each other, on the last axis of one tensor."""
     places = [_indices(e, i) for i in indices]
-    if taken > 1:
+    if len(places) > 1:
         total = places[0]
         for place in places[1:]:
             total = e.add("Add", [total, place])
@@ -89,12 +108,7 @@ def _gather_nd(node: Node, e: Emission) -> None:
         places = [e.add("Expand", [place, shape]) for place in places]
     last = e.ints((-1,), "axes")
     places = [e.add("Unsqueeze", [place, last]) for place in places]
-    where = places[0] if taken == 1 else e.add("Concat", places, axis=-1)
-    found = e.add("GatherND", [data, where], None if axis else e.outputs(node))
-    if axis:
-        span = node.result.rank - (x.rank - taken)
-        back = [*range(span, span + axis), *range(span), *range(span + axis, node.result.rank)]
-        e.add("Transpose", [found], e.outputs(node), perm=tuple(back))
+    return places[0] if len(places) == 1 else e.add("Concat", places, axis=-1)
 
 
 @emitter("index_add")

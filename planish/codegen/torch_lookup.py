@@ -63,9 +63,14 @@ def _scatter_elements(emission: Emission, node: Node) -> torch.fx.Node:
     return emission.call(aten.scatter.src, x, _axis(node), _from_the_start(emission, node), updates)
 
 
-@emitter("gather_nd", reads="axis")
+@emitter("gather_nd", reads="axis stacked")
 def _gather_nd(emission: Emission, node: Node) -> torch.fx.Node:
     places = [index(emission, value) for value in node.operands[1:]]
+    if node.attributes.get("stacked", False):
+        shape = node.operands[1].shape if node.operands[1] is not None else None
+        if not shape or not isinstance(shape[-1], int):
+            raise PlanishError("gather_nd: how many axes it indexes must be known to write torch code", where=str(node))
+        places = [emission.call(aten.select.int, places[0], -1, i) for i in range(shape[-1])]
     return emission.call(aten.index.Tensor, emission.tensor(node.operand(0)), [*(None,) * _axis(node), *places])
 
 

@@ -46,6 +46,8 @@ def instances() -> dict[str, list[Instance]]:
             Instance((_a(3, 4, 5), _positions(3, 2), _positions(4, 2)), {}),
             Instance((_a(2, 3, 4, 5), _positions(3, 4, 1), _positions(4, 3)), {"axis": 1}),
             Instance((_a(3, 4), _positions(4, 2)), {"axis": 1}),
+            Instance((_a(3, 4, 5), _positions(3, 6, 2)), {"stacked": True}),
+            Instance((_a(2, 4, 5), _positions(4, 1)), {"axis": 1, "stacked": True}),
         ],
         "scatter_elements": [
             Instance((_a(3, 4), _distinct(4, 3, 2), _a(3, 2)), {"axis": 1}),

@@ -118,23 +118,33 @@ def _elementwise(data: Sequence[Port], indices: Sequence[Port]) -> Callable[[Nod
 # -- gather_nd ------------------------------------------------------------------------------------
 
 
+def _indexed(node: Node) -> int | None:
+    """The number of axes that are indexed."""
+    if not node.attributes.get("stacked", False):
+        return len(node.operands) - 1
+    span = operand_shape(node, 1)
+    return span[-1] if span and isinstance(span[-1], int) else None
+
+
 def _infer_gather_nd(node: Node) -> Sequence[Type]:
-    shape = operand_shape(node)
+    shape, taken = operand_shape(node), _indexed(node)
     spans = [operand_shape(node, index) for index in range(1, len(node.operands))]
-    if shape is None or any(span is None for span in spans):
+    if shape is None or taken is None or any(span is None for span in spans):
         return typed(node, None)
+    if node.attributes.get("stacked", False):
+        spans = [spans[0][:-1]] if spans[0] is not None else []
     axis = _axis(node)
-    if axis + len(spans) > len(shape):
-        raise InvalidModelError(
-            f"gather_nd: {len(spans)} indices from axis {axis} of rank {len(shape)}", where=str(node)
-        )
+    if axis + taken > len(shape):
+        raise InvalidModelError(f"gather_nd: {taken} indices from axis {axis} of rank {len(shape)}", where=str(node))
     middle = broadcast_shapes(*spans, node=node)
     assert middle is not None
-    return typed(node, (*shape[:axis], *middle, *shape[axis + len(spans) :]))
+    return typed(node, (*shape[:axis], *middle, *shape[axis + taken :]))
 
 
 def _evaluate_gather_nd(node: Node, operands: Sequence[Any], wide: Wide) -> Sequence[Any]:
     x, *indices = operands
+    if node.attributes.get("stacked", False):
+        indices = indices[0].unbind(-1)
     axis = normal_axis(int(attribute(node, "axis")), x.dim())
     return (x[(slice(None),) * axis + tuple(i.to(torch.int64) for i in indices)],)
 
@@ -145,10 +155,10 @@ def _relate_gather_nd(node: Node, act: Act, port: Port, axes: Axes) -> Relation:
     refusal = numeric(node, act, port)
     if refusal is not None:
         return refusal
-    shape, result = operand_shape(node), node.result.shape
-    if shape is None or result is None:
+    shape, result, taken = operand_shape(node), node.result.shape, _indexed(node)
+    if shape is None or result is None or taken is None:
         return NO_RANK
-    axis, taken = _axis(node), len(node.operands) - 1
+    axis = _axis(node)
     span = len(result) - (len(shape) - taken)
     width = taken if port == 0 else span
     if any(axis <= a < axis + width for a in axes):
@@ -265,8 +275,9 @@ structural_row(
     _infer_gather_nd,
     _evaluate_gather_nd,
     _relate_gather_nd,
-    "y[.., k, ..] = x[.., i0[k], i1[k], .., ..], the indices from `axis` on, broadcast against each other",
-    {"axis": 0},
+    "y[.., k, ..] = x[.., i0[k], i1[k], .., ..], the indices from `axis` on, broadcast against each other, or "
+    "stacked on the last axis of one tensor",
+    {"axis": 0, "stacked": False},
     family="lookup",
     conservative=conservative((Act.PERMUTE,), (1, 2, -1), "all indices and the result could be permuted alike"),
 )
