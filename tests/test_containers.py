@@ -111,9 +111,9 @@ def test_what_each_container_holds() -> None:
     """The table of the formats: a container that is dropped, or takes what it cannot, shows."""
     held = {text: containers.can_hold(example(text)) for text in FORMATS}
     ort = ["gather-block-quantized", "matmul-nbits"]
-    assert held["int4:g32"] == ["dequantize-linear", ort[0], "int-quantized", ort[1], "pack-quantized"]
+    assert held["int4:g32"] == ["dequantize-linear", ort[0], "int-quantized", ort[1], "pack-quantized", "triton"]
     assert held["uint8:channel"] == held["uint2:g16"] == held["int4:tensor"] == held["int4:g32"]
-    assert held["uint4:g32:bf16"] == ["dequantize-linear", "int-quantized", "matmul-nbits", "pack-quantized"]
+    assert held["uint4:g32:bf16"] == ["dequantize-linear", "int-quantized", "matmul-nbits", "pack-quantized", "triton"]
     assert held["int3:g32"] == held["uint3:channel"] == ["int-quantized", "pack-quantized"]
     assert held["e4m3:channel"] == ["dequantize-linear", "float-quantized"]
     assert held["nvfp4"] == ["dequantize-linear", "nvfp4-pack-quantized"]
@@ -161,6 +161,8 @@ def test_refusals() -> None:
     with pytest.raises(PlanishError, match="hint: can hold it: int-quantized, pack-quantized"):
         containers.pack(example("int3:g32"), "matmul-nbits")
     with pytest.raises(PlanishError, match="hint: no container can hold it"):
+        containers.pack(example("e2m3:channel"), "matmul-nbits")
+    with pytest.raises(PlanishError, match="hint: can hold it: triton"):
         containers.pack(split, "matmul-nbits")
     with pytest.raises(
         PlanishError, match=r"container 'matmulnbits': unknown; .*\n  hint: did you mean 'matmul-nbits'"

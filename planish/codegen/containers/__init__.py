@@ -10,6 +10,7 @@
 | `dequantize-linear` | ONNX DequantizeLinear: integers of 2, 4 and 8 bits, fp8, fp4 |
 | `int-quantized` `pack-quantized` | compressed-tensors: integers of 2, 3, 4 and 8 bits |
 | `float-quantized` `nvfp4-pack-quantized` `mxfp4-pack-quantized` | compressed-tensors: fp8, NVFP4, MXFP4 |
+| `triton` | planish's Triton kernels: integers of 2, 4 and 8 bits, with scales for 2 to 4 clusters |
 
 Signed and unsigned codes differ by 2^(bits - 1); a container keeps the numbers, and where it has no sign of its own,
 `unpack` gives unsigned codes if there are zero points and signed ones if there are none.
@@ -17,13 +18,19 @@ Signed and unsigned codes differ by 2^(bits - 1); a container keeps the numbers,
 
 from __future__ import annotations
 
-from planish.codegen.containers import compressed_tensors, dequantize_linear, gather_block_quantized, matmul_nbits
+from planish.codegen.containers import (
+    compressed_tensors,
+    dequantize_linear,
+    gather_block_quantized,
+    matmul_nbits,
+    triton,
+)
 from planish.codegen.containers.base import Container, Packed, containers
 from planish.ir.errors import PlanishError, nearest
 from planish.ir.qtensor import QTensor
 
 __all__ = ["Container", "Packed", "can_hold", "containers", "names", "pack", "refusal", "unpack"]
-__all__ += ["compressed_tensors", "dequantize_linear", "gather_block_quantized", "matmul_nbits"]
+__all__ += ["compressed_tensors", "dequantize_linear", "gather_block_quantized", "matmul_nbits", "triton"]
 
 
 def names() -> list[str]:
