@@ -20,6 +20,7 @@ _PUBLIC = {
     "evaluate": "planish.ir.evaluator",
     "inspect": "planish.report.inspection",
     "lint": "planish.report.mapping",
+    "to_mlir": "planish.integrate.api",
     "to_onnx": "planish.integrate.api",
     "to_torch": "planish.integrate.api",
     "verify": "planish.integrate.api",
@@ -30,12 +31,13 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "add_lora", "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_onnx", "to_torch", "verify",
+    "add_lora", "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_mlir", "to_onnx", "to_torch",
+    "verify",
     "Graph", "Pipeline", "PlanishError", "Stats", "__version__",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from planish.integrate.api import capture, collect, to_onnx, to_torch, verify
+    from planish.integrate.api import capture, collect, to_mlir, to_onnx, to_torch, verify
     from planish.integrate.convert import convert
     from planish.ir.errors import PlanishError
     from planish.ir.evaluator import evaluate

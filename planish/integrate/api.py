@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     Model = str | Path | ModelProto | Graph | nn.Module | ExportedProgram
     Inputs = Mapping[str, np.ndarray | torch.Tensor]
 
-__all__ = ["Comparison", "OutputDifference", "capture", "collect", "compare_graphs", "to_onnx", "to_torch", "verify"]
+__all__ = [
+    "Comparison", "OutputDifference",
+    "capture", "collect", "compare_graphs", "to_mlir", "to_onnx", "to_torch", "verify",
+]  # fmt: skip
 
 EQUAL = 1e-5  # relative: weights that were folded are rounded to float32 once more
+ORACLES = ("mlir",)
 
 
 def capture(model: Model, inputs: Any = None, *, dynamic_shapes: Any = None) -> Graph:
@@ -119,6 +123,27 @@ def to_torch(graph: Graph, *, dtype: torch.dtype | str | None = None) -> torch.f
     return to_torch(graph, dtype=dtype)
 
 
+def to_mlir(
+    graph: Graph, path: str | Path, *, target: str = "linalg", sizes: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """Write a graph as a text of MLIR, weights included, whole or not at all; needs `planish[mlir]`.
+
+    Args:
+        target: the dialect: "linalg", "torch", "tosa" or "stablehlo".
+        sizes: the size of a symbol of the inputs, by its name. A size that is not given is 2 for the first dim of an
+            input, for the others the first of 8, 16, .. 256 on which the graph can be evaluated.
+
+    Returns:
+        The size of every symbol.
+
+    Raises:
+        PlanishError: torch-mlir is not installed, or the target cannot hold an op: the error names its node.
+    """
+    from planish.codegen.mlir import write
+
+    return write(graph, path, target=target, sizes=sizes)
+
+
 @dataclass(frozen=True)
 class OutputDifference:
     """How far one output of two models is apart.
@@ -144,6 +169,8 @@ class Comparison:
         inputs: the number of sets of inputs.
         narrow: nodes that could only be evaluated in float32.
         notes: what else the user should know.
+        oracle: what computed the outputs that were compared; None: planish's own evaluator.
+        agreement: with an oracle: how far the evaluator is from it, for every output of each model.
     """
 
     outputs: tuple[OutputDifference, ...]
@@ -151,6 +178,8 @@ class Comparison:
     inputs: int
     narrow: int = 0
     notes: tuple[str, ...] = field(default=())
+    oracle: str | None = None
+    agreement: tuple[OutputDifference, ...] = field(default=())
 
     @property
     def error(self) -> float:
@@ -158,7 +187,8 @@ class Comparison:
 
     @property
     def equal(self) -> bool:
-        return self.error <= self.tolerance
+        """True if the models agree, and each with its oracle."""
+        return all(o.error <= self.tolerance for o in (*self.outputs, *self.agreement))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -167,27 +197,40 @@ class Comparison:
 
 def verify(
     first: str | Path | ModelProto | Graph,
-    second: str | Path | ModelProto | Graph,
+    second: str | Path | ModelProto | Graph | None = None,
     *,
     inputs: Inputs | Sequence[Inputs] | str | Path | None = None,
     tolerance: float = EQUAL,
     count: int = 2,
     seed: int = 0,
+    oracle: str | None = None,
 ) -> Comparison:
     """Evaluate two models in float64 on random inputs, and on given ones, and compare their outputs.
 
     Args:
-        first, second: as for `capture`; the errors are relative to the first.
+        first, second: as for `capture`; the errors are relative to the first. With an oracle there need not be a
+            second: the first is then compared with itself as the oracle computes it.
         inputs: a set of inputs, a sequence of them, or an .npz file with one.
         tolerance: the relative error up to which they are equal.
         count: sets of random inputs.
         seed: of the random inputs.
+        oracle: what computes the outputs: None for planish's evaluator, which calls torch; "mlir" for code that
+            torch-mlir and LLVM make of the models, in float64 too. The evaluator is then compared with it as well.
 
     Raises:
-        PlanishError: a model that cannot be read, inputs or outputs that do not correspond, or no inputs on
-            which the first model can be evaluated.
+        PlanishError: a model that cannot be read, inputs or outputs that do not correspond, no inputs on which the
+            first model can be evaluated, or a model that the oracle cannot run.
     """
-    one, two = capture(first), capture(second)
+    if oracle is not None and oracle not in ORACLES:
+        raise PlanishError(f"oracle '{oracle}': unknown; expected {', '.join(ORACLES)}", hint=nearest(oracle, ORACLES))
+    if oracle is not None:
+        from planish.codegen.mlir import require
+
+        require()
+    if second is None and oracle is None:
+        raise PlanishError("verify: the second model is missing", hint="--oracle mlir compares a model with itself")
+    one = capture(first)
+    two = capture(second) if second is not None else one
     given: list[Any] = []
     if isinstance(inputs, str | Path):
         from planish.calibrate.data import load_inputs
@@ -197,17 +240,23 @@ def verify(
         given = [inputs]
     elif inputs is not None:
         given = list(inputs)
-    return compare_graphs(one, two, given, tolerance=tolerance, count=count, seed=seed)
+    return compare_graphs(one, two, given, tolerance=tolerance, count=count, seed=seed, oracle=oracle)
 
 
 def compare_graphs(
-    one: Graph, two: Graph, given: Iterable[Inputs], *, tolerance: float, count: int, seed: int
+    one: Graph,
+    two: Graph,
+    given: Iterable[Inputs],
+    *,
+    tolerance: float,
+    count: int,
+    seed: int,
+    oracle: str | None = None,
 ) -> Comparison:
     """`verify` for graphs."""
     import torch
 
     from planish.ir.evaluator import Evaluator
-    from planish.ir.probe import relative_error, worst_element
     from planish.passes.validation import make_probe
 
     pairs = _outputs(one, two)
@@ -220,24 +269,61 @@ def compare_graphs(
             f"no inputs to compare on: {reason}",
             hint="give inputs that the model accepts (--inputs data.npz)",
         )
-    worst: dict[str, tuple[float, str]] = {}
+    oracles: list[Any] = []
+    alone = oracle is not None and one is two
+    if oracle is not None:
+        from planish.codegen.mlir_run import Oracle
+
+        oracles = [Oracle(graph) for graph in ((one,) if alone else (one, two))]
+    compared, checks = _Worst(), [_Worst() for _ in oracles]
     narrow = 0
     for trial in trials:
         left, right = Evaluator(one, torch.float64), Evaluator(two, torch.float64)
-        expected, got = left.run(trial), right.run(trial)
+        results = [left.run(trial), {} if alone else right.run(trial)]
         narrow = max(narrow, len(left.narrowed), len(right.narrowed))
-        for mine, theirs in pairs:
-            a, b = expected[mine], got[theirs]
-            if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-                error, element = relative_error(b, a), worst_element(b, a) if a.numel() else "empty"
-            else:
-                same = type(a) is type(b) and _same_objects(a, b)
-                error, element = (0.0, "not a tensor") if same else (float("inf"), "not a tensor")
-            if mine not in worst or error > worst[mine][0]:
-                worst[mine] = error, element
+        if oracles:
+            found = [made.run(trial) for made in oracles]
+            for check, mine, theirs in zip(checks, found, results, strict=False):
+                for name in mine:
+                    check.add(name, mine[name], theirs[name])
+            results = found
+        for a, b in () if alone else pairs:
+            compared.add(a, results[0][a], results[1][b])
     renamed = [f"output '{a}' is compared with '{b}'" for a, b in pairs if a != b]
-    outputs = tuple(OutputDifference(name, *worst[name]) for name, _ in pairs)
-    return Comparison(outputs, tolerance, len(trials), narrow, tuple(renamed))
+    if alone:
+        compared, checks = checks[0], []
+    agreement = [
+        OutputDifference(f"{which} model: {entry.name}", entry.error, entry.worst)
+        for which, check in zip(("first", "second"), checks, strict=False)
+        for entry in check.entries()
+    ]
+    return Comparison(
+        tuple(compared.entries()), tolerance, len(trials), narrow, tuple(renamed), oracle, tuple(agreement)
+    )
+
+
+class _Worst:
+    """The largest error of every output, and where it is."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, tuple[float, str]] = {}
+
+    def add(self, name: str, expected: Any, got: Any) -> None:
+        import torch
+
+        from planish.ir.probe import relative_error, worst_element
+
+        if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
+            error = relative_error(got, expected)
+            element = worst_element(got, expected) if expected.numel() else "empty"
+        else:
+            same = type(expected) is type(got) and _same_objects(expected, got)
+            error, element = (0.0, "not a tensor") if same else (float("inf"), "not a tensor")
+        if name not in self.found or error > self.found[name][0]:
+            self.found[name] = error, element
+
+    def entries(self) -> list[OutputDifference]:
+        return [OutputDifference(name, *found) for name, found in self.found.items()]
 
 
 def _same_objects(a: Any, b: Any) -> bool:

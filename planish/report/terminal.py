@@ -369,11 +369,19 @@ def show_comparison(terminal: Terminal, found: Comparison) -> None:
     for output in found.outputs:
         table.add_row(*_text(output.name, f"{output.error:.3e}", output.worst))
     terminal.show(table)
+    if found.agreement:
+        table = terminal.table(
+            "the evaluator against the oracle", "relative error", "worst element", right=("relative error",)
+        )
+        for output in found.agreement:
+            table.add_row(*_text(output.name, f"{output.error:.3e}", output.worst))
+        terminal.show(table)
     for note in found.notes:
         terminal.show(note)
     if found.narrow:
         terminal.show(f"{found.narrow} nodes could only be evaluated in float32")
     word = "equal" if found.equal else "DIFFERENT"
+    by = f", computed by {found.oracle}" if found.oracle is not None else ""
     terminal.show(
-        f"{word}: relative error {found.error:.3e}, tolerance {found.tolerance:g}, {found.inputs} sets of inputs"
+        f"{word}: relative error {found.error:.3e}, tolerance {found.tolerance:g}, {found.inputs} sets of inputs{by}"
     )
