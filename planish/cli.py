@@ -284,7 +284,7 @@ def opt(
     pipeline: Annotated[str, typer.Option("--pipeline", "-p", help="Passes, separated by commas.", show_default=False)],
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="Write .onnx or .ir; without it the text goes to stdout."),
+        typer.Option("--output", "-o", help="Write .onnx, .ir or .mlir; without it the text goes to stdout."),
     ] = None,
     calibrate: Calibrate = None,
     tokenizer: Tokenizer = None,
@@ -302,7 +302,10 @@ def opt(
     ] = None,
     target: Annotated[
         str | None,
-        typer.Option("--target", help="For .onnx: onnx or ort; by default what the pass lower says, else onnx."),
+        typer.Option(
+            "--target",
+            help="For .onnx: onnx or ort, by default what the pass lower says, else onnx; for .mlir as convert.",
+        ),
     ] = None,
     opset: Annotated[
         int | None,
@@ -323,8 +326,13 @@ def opt(
 
     terminal = _terminal(quiet or json)
     passes = Pipeline(pipeline)
-    if output is not None and Path(output).suffix not in (".onnx", ".ir"):
-        raise PlanishError(f"{output}: unknown kind of output; expected .onnx or .ir")
+    if output is not None and Path(output).suffix not in (".onnx", ".ir", ".mlir"):
+        raise PlanishError(f"{output}: unknown kind of output; expected .onnx, .ir or .mlir")
+    form = None
+    if output is not None and output.endswith(".mlir"):
+        from planish.integrate.emit import form_of
+
+        form, target = form_of(output, target, opset), None
     goal = target or next((p.target for p in reversed(passes.passes) if isinstance(p, Lower)), "onnx")
     check_target(goal)
     written = output is not None and output.endswith(".onnx")
@@ -359,6 +367,8 @@ def opt(
             from planish.ir.text import print_graph
 
             sys.stdout.write(print_graph(result))
+    elif form is not None:
+        form.write(result)
     elif output.endswith(".ir"):
         from planish.ir.store import save
 
@@ -380,15 +390,176 @@ def opt(
 
 
 @app.command()
+def kernels(
+    model: Model,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print which nodes become which kernel, and what did not fuse and why.")
+    ] = False,
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="Print the kernel sheet for sm_80, sm_89, sm_90, sm_100, sm_120 or gfx942."),
+    ] = None,
+    rows: Annotated[
+        str, typer.Option("--rows", help="With --target: rows of the activations, separated by commas.")
+    ] = "1,512",
+    recipe: Annotated[
+        str | None,
+        typer.Option("--recipe", "-r", help="Quantise first: a recipe's name, or a YAML file."),
+    ] = None,
+    pipeline: Annotated[
+        str | None,
+        typer.Option("--pipeline", "-p", help="Run these passes first, separated by commas."),
+    ] = None,
+    closing: Annotated[
+        bool,
+        typer.Option("--closing/--no-closing", help="Let a gemm finish rows: quantise per token for the next one."),
+    ] = True,
+    emit: Annotated[
+        str | None,
+        typer.Option("--emit", help="Write each kernel as a standalone Triton file to a folder, and plan.txt."),
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="With --emit: the kernels' float: f16, bf16 or f32.")] = "f16",
+    calibrate: Calibrate = None,
+    tokenizer: Tokenizer = None,
+    row_mask: RowMask = None,
+    samples: Samples = None,
+    batch: Batch = 8,
+    length: Length = 128,
+    seed: Seed = 0,
+    validate: Validate = True,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Cut a quantised model into fused Triton kernels. A float model needs a recipe or a pipeline.
+
+    Nothing here is timed on a GPU.
+    """
+    from planish.codegen.select import Options, select
+    from planish.codegen.triton import check_dtype, emit_plan
+
+    terminal = _terminal(quiet or json)
+    check_dtype(dtype)
+    options = _calibration(calibrate, tokenizer, row_mask, samples, batch, length)
+    graph = _quantised(model, recipe, pipeline, options, terminal, seed=seed, validate=validate)
+    made = select(graph, Options(closing=closing))
+    files = [] if emit is None else emit_plan(made, emit, dtype)
+    if emit is not None and not (plan or json or target):
+        terminal.show(*(str(Path(emit) / f"{file.name}.py") for file in files))
+        return 0
+    if target is not None:
+        from planish.report.kernels import sheet_as_dict, sheet_of, show_sheet
+
+        lines = sheet_of(made, target, rows)
+        if json:
+            _print_json(sheet_as_dict(lines))
+        else:
+            if plan:
+                from planish.report.kernels import show_plan
+
+                show_plan(terminal, made)
+            show_sheet(terminal, lines)
+        return 0 if all(line.machine is not None and not line.machine.spills for line in lines) else NEGATIVE
+    if json:
+        from planish.report.kernels import as_dict
+
+        _print_json(as_dict(made) | ({"files": [f"{file.name}.py" for file in files]} if emit is not None else {}))
+    else:
+        from planish.report.kernels import show_plan
+
+        show_plan(terminal, made)
+    return 0
+
+
+def _quantised(
+    model: str,
+    recipe: str | None,
+    pipeline: str | None,
+    calibration: Any,
+    terminal: Terminal,
+    *,
+    seed: int,
+    validate: bool,
+) -> Any:
+    """The graph of a model after the passes of a recipe or a pipeline; without either it has to be quantised."""
+    from planish.integrate.api import capture
+    from planish.integrate.convert import run_pipeline
+    from planish.integrate.recipes import load_recipe
+    from planish.ir.errors import PlanishError
+    from planish.passes.manager import Pipeline
+
+    if recipe is not None and pipeline is not None:
+        raise PlanishError("options --recipe and --pipeline: expected one of them")
+    if recipe is None and pipeline is None:
+        if calibration is not None:
+            raise PlanishError("option --calibrate: needs --recipe or --pipeline")
+        graph = _raised(model, terminal, True)
+        if not any(node.op.name.startswith("dequantize") for node in graph.nodes):
+            raise PlanishError(f"{model}: nothing in it is quantised", hint="--recipe NAME quantises it first")
+        return graph
+    if recipe is not None:
+        chosen = load_recipe(recipe)
+        if chosen.needs.calibration and calibration is None:
+            raise PlanishError(f"recipe '{chosen.name}': needs calibration data", hint="give some: --calibrate")
+        passes = chosen.passes()
+    else:
+        assert pipeline is not None
+        passes = Pipeline(pipeline)
+    return run_pipeline(
+        capture(model), passes, calibration=calibration, seed=seed, validate=validate, progress=terminal.progress
+    )[0]
+
+
+@app.command("convert")
+def convert_model(
+    model: Model,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The .onnx, .ir or .mlir file to write.", show_default=False)
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option("--target", help="For .onnx: onnx or ort; for .mlir: linalg, torch, tosa or stablehlo."),
+    ] = None,
+    opset: Annotated[int | None, typer.Option("--opset", help="For .onnx: version of the default domain.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option("--size", help="For .mlir: NAME=N, the size of a symbol of the inputs; repeatable."),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write a model in another form, its function unchanged. For .mlir every size is concrete."""
+    from planish.integrate.api import capture
+    from planish.integrate.convert import check_apart, check_output
+    from planish.integrate.emit import form_of
+
+    form = form_of(output, target, opset, size or [])
+    check_apart(output, "--output", {"the model": model})
+    check_output(output)
+    written = form.write(capture(model))
+    if json:
+        _print_json(written.as_dict())
+    elif not quiet:
+        print("\n".join(written.lines()))
+    return 0
+
+
+@app.command()
 def verify(
     first: Annotated[str, typer.Argument(help="The model that is right.", show_default=False)],
-    second: Annotated[str, typer.Argument(help="The model to compare with it.", show_default=False)],
+    second: Annotated[
+        str | None,
+        typer.Argument(help="The model to compare with it; with --oracle, by default itself.", show_default=False),
+    ] = None,
     inputs: Annotated[
         str | None,
         typer.Option("--inputs", help="An .npz file with inputs, beside the random ones."),
     ] = None,
     tolerance: Annotated[float, typer.Option("--tolerance", help="Relative error up to which they are equal.")] = 1e-5,
     count: Annotated[int, typer.Option("--random", help="Sets of random inputs.", min=0)] = 2,
+    oracle: Annotated[
+        str | None,
+        typer.Option("--oracle", help="mlir: outputs by code of torch-mlir and LLVM, not by torch's kernels."),
+    ] = None,
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -400,7 +571,7 @@ def verify(
     from planish.integrate.api import verify as compare
 
     terminal = _terminal(quiet or json)
-    found = compare(first, second, inputs=inputs, tolerance=tolerance, count=count, seed=seed)
+    found = compare(first, second, inputs=inputs, tolerance=tolerance, count=count, seed=seed, oracle=oracle)
     if json:
         _print_json(found.as_dict())
     else:

@@ -6,6 +6,10 @@ import sys
 import pytest
 from hypothesis import settings
 
+# Triton reads this when it is imported: kernels run in its interpreter. Ahead-of-time compilation is done in processes
+# of its own, without it: one process cannot do both. On a GPU: TRITON_INTERPRET=0.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Wall-clock deadlines flake on two cores; in CI the same examples are drawn every time.
 settings.register_profile("local", deadline=None, print_blob=True)
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None)

@@ -316,7 +316,7 @@ def test_passes_and_recipes(run: Run) -> None:
 def test_version_and_help(run: Run) -> None:
     assert run("--version") == (0, f"planish {planish.__version__}\n", "")
     assert run()[1] == run("--help")[1]
-    for name in ("inspect", "lint", "optimize", "opt", "verify", "passes", "recipes"):
+    for name in ("inspect", "lint", "optimize", "opt", "kernels", "verify", "passes", "recipes"):
         code, printed, _ = run(name, "--help")
         assert code == 0
         assert printed.startswith(f"Usage: planish {name} ")
@@ -510,7 +510,7 @@ def test_a_full_disk(
 
 def test_unknown_kinds_of_output(run: Run, model: Path, tmp_path: Path) -> None:
     assert run("opt", model, "-p", "raise", "-o", tmp_path / "a.txt")[2] == (
-        f"error: {tmp_path}/a.txt: unknown kind of output; expected .onnx or .ir\n"
+        f"error: {tmp_path}/a.txt: unknown kind of output; expected .onnx, .ir or .mlir\n"
     )
 
 

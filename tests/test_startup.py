@@ -19,6 +19,7 @@ HEAVY = {
     "scipy",
     "torch",
     "transformers",
+    "triton",
 }
 REPORT = "import json, sys; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
 
