@@ -44,6 +44,9 @@ bench: $(VENV)/.stamp-bench ## every measurement, peers beside planish in one ru
 	$(BIN)/python bench/zoo.py --peers
 	$(BIN)/python bench/gemma.py
 	$(BIN)/python bench/passes.py
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/oracle.py
+	$(BIN)/python bench/gpu.py
 	$(BIN)/python bench/accuracy.py
 
 assets: $(VENV)/.stamp-dev ## fetch the real models and texts into the cache
