@@ -322,6 +322,14 @@ def test_inspect_a_torch_model(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"spaces of 32 channels: .*rotate", printed)
 
 
+def test_emit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "cache"))
+    example("emit_kernels.py", tmp_path / "kernels")
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith(".py: equal to the reference, in the interpreter") for line in lines) == 3
+    assert lines[-1].endswith("relative error below 1e-2: True")
+
+
 def test_svdquant_with_lora(capsys: pytest.CaptureFixture[str]) -> None:
     example("svdquant_with_lora.py")
     printed = capsys.readouterr().out

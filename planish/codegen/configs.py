@@ -43,6 +43,7 @@ def class_of(kernel: Kernel) -> str:
     words += ["branch"] if any(p.branches for p in kernel.products) else []
     words += ["left-group"] if a is not None and a.granularity == "group" else []
     words += ["closing"] if kernel.closing else []
+    words += ["hadamard"] if any(step.row == "hadamard" for step in kernel.closing) else []
     words += [f"g{weight.group}"] if weight.group else []
     return " ".join(words)
 

@@ -11,9 +11,9 @@ into the last cache, nine tenths of it (the rest: outputs), and half of that whe
 a wave that needs more leaves nothing behind. Panels are cut at the last row; the padding of rows of codes (to `SPAN`)
 is read with them.
 
-**Bytes through the cache.** Partial sums of SPLIT_K and rows that `closing` steps read again are written and read by one
-launch. Where nothing that the launch streams in between can push them out, they are not counted as moved, but
-given apart: partial sums where all blocks of the launch run at once, rows where everything fits into the cache.
+**Bytes through the cache.** Partial sums of SPLIT_K and rows that `closing` steps read again are written and read by
+one launch. Where nothing that it streams in between can push them out, they are not counted as moved, but given apart:
+partial sums where all blocks of the launch run at once, rows where everything fits into the cache.
 
 **Operations.** 2 for a multiplication and its sum. Those of the tensor cores are counted as issued, padded tiles
 included (16 rows where there is one); those of steps by the table of rows.

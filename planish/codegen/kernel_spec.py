@@ -1,6 +1,7 @@
 """What one emitted kernel computes: a small typed program that `select` cuts out of a graph and `triton` writes.
 
-    prologue  rows [M, K] of one value: norm, affine, gather, Hadamard, low-rank down, quantise. A program owns whole rows.
+    prologue  rows [M, K] of one value: norm, affine, gather, Hadamard, low-rank down, quantise. A program owns whole
+              rows.
     gemm      Y [M, N] = A [M, K] W^T of one or more linears that read one activation; the accumulators run through the
               epilogue's steps; `closing` steps need whole rows and are run by the tile that finishes a block of rows.
 
@@ -106,9 +107,11 @@ class Weight:
     Attributes:
         decoder: the row of `planish.kernels.table` that decodes it: "int8", "int4", "int2", "split2", "float".
         group: columns per scale; 0: one scale per row of the weight.
-        half: columns per plane of a packed byte: code k of a span of planes * half lies in byte k % half, plane k // half.
-        codes, ids, scale, zero, sums: names of border tensors, "" where there is none. `scale` is [N] or [K / group, N];
-            `sums` f32 [N]: sum over k of the decoded weight times its scale, for activations with a zero point.
+        half: columns per plane of a packed byte: code k of a span of planes * half lies in byte k % half, plane
+            k // half.
+        codes, ids, scale, zero, sums: names of border tensors, "" where there is none. `scale` is [N] or
+            [K / group, N]; `sums` f32 [N]: sum over k of the decoded weight times its scale, for activations with a
+            zero point.
         clusters: of a split tensor; scale and zero then have a leading axis of clusters.
     """
 

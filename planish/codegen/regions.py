@@ -184,10 +184,11 @@ class Region:
                 continue  # the decoder of a weight
             if is_view(node):
                 x = torch.empty((*known, width(node.result) or 1), device="meta")
-                constants = [
-                    v if v is None else held[v] if v in held else Wide().hold(v.constant) for v in node.operands[1:]
-                ]
-                known = tuple(node.op.evaluate(node, [x, *constants], Wide())[0].shape[:-1])
+                others: list[torch.Tensor | None] = []
+                for v in node.operands[1:]:
+                    constant = None if v is None else v.constant
+                    others.append(None if v is None else held[v] if constant is None else Wide().hold(constant))
+                known = tuple(node.op.evaluate(node, [x, *others], Wide())[0].shape[:-1])
             found.update((value, known) for value in node.results)
         return found
 
