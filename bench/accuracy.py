@@ -223,9 +223,8 @@ def compare(options: Any) -> int:
     sources = SOURCES[:1] if options.quick else SOURCES
     for kind, name, listed in ((Encoder, "minilm", rows.MINILM), (Gemma, "gemma", rows.GEMMA)):
         wanted = [r for r in listed if not options.only or any(o in r.name for o in options.only)]
-        rivals = not options.no_peers and not any(p["model"] == name for p in peers.values())
         left = [r for r in wanted if not complete(r, figures, ablation, sources)]
-        if not wanted or not (left or rivals or name not in floats):
+        if not wanted or (options.no_peers and not left and name in floats):
             continue
         model: Model = kind(options.quick, options.keep)
         if name not in floats:
@@ -235,11 +234,12 @@ def compare(options: Any) -> int:
             else:
                 floats[name] = asdict(model.float)
         run_rows(model, left, ablation, sources, figures, save)
-        if rivals:
+        if not options.no_peers:
             import accuracy_peers
 
-            peers.update(accuracy_peers.measure(model, options.quick))
-            save()
+            for peer, held in accuracy_peers.measure(model, options.quick, peers):
+                peers[peer] = held
+                save()
         del model
     show(figures, floats, peers)
     outcome.targets = [*targets(figures), *peer_targets(figures, peers)]

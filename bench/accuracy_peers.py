@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,16 +72,16 @@ INSIDE: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def measure(model: Gemma | Encoder, quick: bool) -> dict[str, Any]:
-    """The figures of all peers on a model."""
+def measure(model: Gemma | Encoder, quick: bool, known: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and figures of all peers on a model, but for those that are known."""
     from accuracy_gemma import Gemma
 
     if isinstance(model, Gemma):
-        found = dict(onnxruntime_gemma(model, quick))
+        yield from onnxruntime_gemma(model, quick, known)
         if not quick:
-            found.update(inside_gemma(model))
-        return found
-    return dict(onnxruntime_encoder(model))
+            yield from inside_gemma(model, known)
+    else:
+        yield from onnxruntime_encoder(model, known)
 
 
 # -- ONNX Runtime --------------------------------------------------------------------------------------------
@@ -113,12 +113,14 @@ def quantise_onnx(model: Any, config: Any, block: int) -> Any:
     return work.model.model
 
 
-def onnxruntime_encoder(model: Encoder) -> Iterator[tuple[str, dict[str, Any]]]:
+def onnxruntime_encoder(model: Encoder, known: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """On MiniLM's file, blocks of 32."""
     import encoder
     import onnx
 
     for name, config in onnxruntime_configs(32):
+        if name in known:
+            continue
         note(f"minilm: {name}")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
@@ -154,7 +156,7 @@ def one_matmul(weight: torch.Tensor) -> Any:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def onnxruntime_gemma(model: Gemma, quick: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+def onnxruntime_gemma(model: Gemma, quick: bool, known: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """On each linear of Gemma's blocks: weights alone."""
     import gemma
     import numpy as np
@@ -164,6 +166,8 @@ def onnxruntime_gemma(model: Gemma, quick: bool) -> Iterator[tuple[str, dict[str
     wanted = [(name, config, 128) for name, config in list(onnxruntime_configs(128))[:2]]
     wanted.append((*list(onnxruntime_configs(32))[2], 32))  # k-quant has no blocks of 128
     for name, config, block in wanted[: 1 if quick else 3]:
+        if name in known:
+            continue
         start = time.perf_counter()
         net = gemma.load(model.folder)
         for linear in [m for m in net.model.layers.modules() if isinstance(m, torch.nn.Linear)]:
@@ -180,7 +184,7 @@ def onnxruntime_gemma(model: Gemma, quick: bool) -> Iterator[tuple[str, dict[str
 # -- the others, in their own environment --------------------------------------------------------------------
 
 
-def inside_gemma(model: Gemma) -> Iterator[tuple[str, dict[str, Any]]]:
+def inside_gemma(model: Gemma, known: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """llm-compressor and torchao, calibrated on Wikipedia; what cannot be run says why."""
     import numpy as np
     from zoo_peers import environment
@@ -189,6 +193,8 @@ def inside_gemma(model: Gemma) -> Iterator[tuple[str, dict[str, Any]]]:
     if subprocess.run([python, "-c", "import torchao"], capture_output=True).returncode:
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", TORCHAO], check=True)
     for name, job in INSIDE.items():
+        if name in known:
+            continue
         note(f"gemma: {name}")
         start = time.perf_counter()
         held: dict[str, Any] = {"model": "gemma", "bits": job["size"], "rows": job["rows"]}

@@ -105,10 +105,25 @@ def judged(lines: Sequence[Line], rows: Sequence[int]) -> list[Target]:
         Target("kernels without 16-byte loads", sum(not line.machine.wide for line in made if line.machine), 0),
         Target(
             "bytes over the least possible",
-            max((line.cost.ratio for line in lines if line.rows in rows), default=1.0),
+            max((line.cost.ratio for line in lines if line.rows in rows and not line.kernel.closing), default=1.0),
+            1.05,
+        ),
+        # rows for closing steps leave the cache before they are read where the weight is larger than it: what a kernel
+        # of its own would write and read for them too
+        Target(
+            "bytes with closing steps over those of two kernels",
+            max(
+                (line.cost.moved / _two(line) for line in lines if line.rows in rows and line.kernel.closing),
+                default=1.0,
+            ),
             1.05,
         ),
     ]
+
+
+def _two(line: Line) -> float:
+    """The least bytes of the two kernels that a gemm with closing steps replaces: rows are written and read between."""
+    return line.cost.least + 2.0 * 2 * line.rows * line.kernel.outputs
 
 
 # -- 2. the opponents ----------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
+import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from helpers import check_text, random_inputs, relative_error
 
 import planish
 from planish import PlanishError, cli
-from planish.codegen import mlir, mlir_flat
+from planish.codegen import mlir, mlir_flat, mlir_process
 from planish.codegen.mlir_run import Oracle
 from planish.integrate.emit import form_of
 from planish.ir.evaluator import Evaluator
@@ -270,6 +273,86 @@ def test_what_cannot_be_run() -> None:
     graph, _ = planish.Pipeline("quantize{weights=e4m3:channel activations=e4m3:token}").run(raised)
     with pytest.raises(PlanishError, match="op 'dynamic_quantize': linalg cannot be run on the CPU with it"):
         planish.verify(graph, oracle="mlir")
+
+
+# -- crashes of torch-mlir ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of temporary files, empty."""
+    folder = tmp_path_factory.mktemp("scratch")
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_a_crash_of_the_folder(tmp_path: Path, scratch: Path) -> None:
+    """torch-mlir dies of a softplus of a constant of float64: what the oracle's arguments avoid. The op is found."""
+    scale = torch.tensor([0.3], dtype=torch.float64)
+    module = Called(lambda x, a: (x.exp() + 1) * torch.nn.functional.softplus(a), scale)
+    graph = planish.capture(module, torch.zeros(4, 8, dtype=torch.float64))
+    error = _refusal(graph, "linalg", tmp_path)
+    assert error.what == "op 'softplus': torch-mlir died on the way to the torch dialect (SIGSEGV)"
+    assert error.where is not None and "= softplus(" in error.where
+    assert error.hint == "no target of MLIR holds this model, ONNX does: write an .onnx file"
+    assert not list(scratch.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("death", "how", "hint"),
+    [
+        ("os.abort()", "(SIGABRT: LLVM ERROR: seeded)",
+         "no target of MLIR holds this model, ONNX does: write an .onnx file"),
+        ("os.kill(os.getpid(), 9)", "(SIGKILL: LLVM ERROR: seeded)",
+         "the memory may have run out: smaller sizes take less"),
+        ("os._exit(3)", "(exit status 3: LLVM ERROR: seeded)",
+         "no target of MLIR holds this model, ONNX does: write an .onnx file"),
+    ],
+)  # fmt: skip
+def test_a_crash_of_the_command(
+    death: str,
+    how: str,
+    hint: str,
+    tmp_path: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The process dies of whatever it is asked: no op is to blame."""
+    worker, models = tmp_path / "worker.py", tmp_path / "models"
+    models.mkdir()
+    save(block(1), models / "model.onnx")
+    worker.write_text(f"import os, sys\ninput()\nos.write(2, b'LLVM ERROR: seeded\\n')\n{death}\n")
+    monkeypatch.setattr(mlir_process, "WORKER", worker)
+    sizes = ["--size", "batch=1,tokens=2"]
+    assert cli.main(["convert", str(models / "model.onnx"), "-o", str(models / "m.mlir"), *sizes]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err == (
+        f"error: graph 'block': torch-mlir died on the way to the torch dialect {how}\n  hint: {hint}\n"
+    )
+    assert [path.name for path in models.iterdir()] == ["model.onnx"]
+    assert not list(scratch.iterdir())
+
+
+def test_a_crash_of_the_machine_code(scratch: Path) -> None:
+    """The oracle says so, and the next run compiles again."""
+    graph = captured(lambda x: x.softmax(-1))
+    inputs = random_inputs(graph, 0)
+    oracle = Oracle(graph)
+    expected = oracle.run(inputs)["output_0"]
+    (compiled,) = oracle._compiled.values()
+    assert list(scratch.iterdir()) == [compiled.worker.folder]
+    assert compiled.worker._process is not None
+    compiled.worker._process.send_signal(signal.SIGSEGV)
+    with pytest.raises(PlanishError) as caught:
+        oracle.run(inputs)
+    assert caught.value.what == "graph 'Called': the machine code of torch-mlir died (SIGSEGV)"
+    assert caught.value.hint == "without --oracle, the models are evaluated by torch"
+    assert torch.equal(oracle.run(inputs)["output_0"], expected)
+    del compiled, oracle, caught
+    gc.collect()
+    assert not list(scratch.iterdir())
 
 
 @pytest.mark.parametrize("command", [["convert", "MODEL", "-o", "OUT"], ["verify", "MODEL", "--oracle", "mlir"]])

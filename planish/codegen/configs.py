@@ -41,6 +41,7 @@ def class_of(kernel: Kernel) -> str:
     words = ["gemm", left, weight.decoder, "group" if weight.group else "channel"]
     words += [f"x{len(kernel.products)}"] if len(kernel.products) > 1 else []
     words += ["branch"] if any(p.branches for p in kernel.products) else []
+    words += ["long"] if len(kernel.steps) > len(kernel.products) else []  # a longer epilogue than a sum or a gate
     words += ["left-group"] if a is not None and a.granularity == "group" else []
     words += ["closing"] if kernel.closing else []
     words += ["hadamard"] if any(step.row == "hadamard" for step in kernel.closing) else []

@@ -4,7 +4,8 @@
 
 Every size is concrete: a symbol of the inputs takes the size that was asked for, or the one that random inputs get
 (`sized`). An operation of the MLIR module bears the name of the IR value that it computes as its location, so that
-what torch-mlir refuses is named by its node.
+what torch-mlir refuses is named by its node. Its pipelines run in another process: they are native code that crashes
+on some graphs (`mlir_process`).
 
 Nothing of torch-mlir is imported before a function is called; it is the extra `planish[mlir]`.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ import torch
 
 from planish import __version__
 from planish.codegen.mlir_flat import Flat, exported, first_line, flatten, sized
+from planish.codegen.mlir_process import Died, Worker
 from planish.codegen.onnx_emission import Emission as OnnxEmission
 from planish.ir.errors import FOREIGN, PlanishError, nearest
 from planish.ir.files import atomic
@@ -40,6 +44,8 @@ TARGETS: dict[str, tuple[str | None, tuple[str, ...]]] = {
     "stablehlo": ("torch-backend-to-stablehlo-backend-pipeline{allow-non-finites=true}", ("linalg", "tosa", "torch")),
 }
 _TO_TORCH = "func.func(torch-match-quantized-custom-ops),torchdynamo-export-to-torch-backend-pipeline"
+WITHOUT = "without --oracle, the models are evaluated by torch"
+KILLED = "the memory may have run out: smaller sizes take less"
 _INSTALL = "pip install 'planish[mlir]'"
 _REFUSED = re.compile(r"'(?:torch\.)?((?:torch|tm_tensor|torch_c|aten|prims|quantized_decomposed)[\w.:]*)'")
 _OPERATOR = re.compile(r'name = "torch\.([\w.]+)"')  # of one that torch-mlir does not know
@@ -72,11 +78,12 @@ def check_mlir_target(target: str) -> None:
 
 
 class Lowering:
-    """A graph on its way to MLIR, as the torch dialect.
+    """A graph on its way to MLIR: its program as torch-mlir reads it, and the process that lowers it.
 
     Attributes:
         flat: the torch code.
         results: (shape, dtype) of every output.
+        worker: the process, and the folder for its files; to be closed.
 
     Args:
         flat: the torch code.
@@ -89,80 +96,142 @@ class Lowering:
     def __init__(self, flat: Flat, inputs: Mapping[str, torch.Tensor]) -> None:
         require()
         self.flat = flat
+        self._inputs = inputs
+        self.worker = Worker()  # which starts while the program is made
+        try:
+            self._program = self._read(inputs)
+        except BaseException:
+            self.worker.close()
+            raise
+
+    def _read(self, inputs: Mapping[str, torch.Tensor]) -> Path:
+        """The file of the program in torch-mlir's bytecode."""
+        flat = self.flat
         try:
             program, self.results = exported(flat, [*(inputs[name] for name in flat.inputs), *flat.constants])
         except PlanishError as error:
             raise PlanishError(error.what, where=error.where, hint=self._portable()) from error
         importer, ir = (importlib.import_module(f"torch_mlir.{n}") for n in ("extras.fx_importer", "ir"))
-        self._failures = (*FOREIGN, ir.MLIRError)
-        self.passes = importlib.import_module("torch_mlir.passmanager").PassManager
-        self.context = ir.Context()
-        self.context.emit_error_diagnostics = True  # to the handler of `run`
-        importlib.import_module("torch_mlir.dialects.torch").register_dialect(self.context)
-        made = importer.FxImporter(context=self.context)
+        context = ir.Context()
+        importlib.import_module("torch_mlir.dialects.torch").register_dialect(context)
+        made = importer.FxImporter(context=context)
         try:
             made.import_frozen_program(program, func_name="main")
-        except self._failures as error:
+        except (*FOREIGN, ir.MLIRError) as error:
             raise PlanishError(
                 f"graph '{flat.graph.name}': torch-mlir cannot read it: {first_line(error)}", hint=self._portable()
             ) from error
-        self.module: Any = made.module
-        found = self.run(self.module, _TO_TORCH)
-        if found is not None:
-            raise self.refusal(None, found, self.module)
+        path = self.worker.folder / "program.mlirbc"
+        with self.worker.writing(), path.open("wb") as file:
+            made.module.operation.write_bytecode(file)
+        return path
 
-    def to(self, target: str) -> Any:
-        """The module in the dialect of a target.
+    def write(self, target: str, path: Path) -> None:
+        """Append the text in the dialect of a target to a file.
 
         Raises:
             PlanishError: it cannot hold an op; the error names the op, its node and the nearest target that can.
+                Or torch-mlir crashes.
         """
         check_mlir_target(target)
-        pipeline, _ = TARGETS[target]
-        module = self._copy()
-        found = self.run(module, pipeline) if pipeline is not None else None
-        if found is not None:
-            raise self.refusal(target, found, module)
-        return module
+        self._lower(target, self._job(target, text=path))
 
-    def _copy(self) -> Any:
-        with self.context:
-            return self.module.operation.clone()
+    def compile(self, pipeline: str, constants: Sequence[Path]) -> None:
+        """Have the process make machine code, by way of linalg and a pipeline from there to LLVM's dialect.
 
-    def run(self, module: Any, pipeline: str) -> list[tuple[str, str]] | None:
-        """Run a pipeline on a module; (message, location) of what it complains of if it fails."""
-        target = getattr(module, "operation", module)
-        return self.attempt(lambda: self.passes.parse(f"builtin.module({pipeline})").run(target))
+        Args:
+            constants: .npy files of the arguments behind the inputs.
 
-    def attempt(self, work: Callable[[], Any]) -> list[tuple[str, str]] | None:
-        """Work in the context; (message, location) of what it complains of if it fails."""
-        complaints: list[tuple[str, str]] = []
+        Raises:
+            PlanishError: an op cannot be run, or torch-mlir crashes.
+        """
+        job = self._job("linalg")
+        job |= {"pipelines": [*job["pipelines"], pipeline], "constants": [str(path) for path in constants]}
+        self._lower("linalg", job)
 
-        def note(found: Any) -> bool:
-            complaints.append((str(found.message), str(found.location)))
-            return True
+    def _job(self, target: str | None, text: Path | None = None) -> dict[str, Any]:
+        """What the process is told; target None: as far as the torch dialect."""
+        pipeline = TARGETS[target][0] if target is not None else None
+        pipelines = [_TO_TORCH, pipeline] if pipeline is not None else [_TO_TORCH]
+        return {
+            "do": "lower",
+            "module": str(self._program),
+            "pipelines": pipelines,
+            "text": str(text) if text is not None else None,
+            "constants": None,
+        }
 
-        handler = self.context.attach_diagnostic_handler(note)
+    def _lower(self, target: str, job: Mapping[str, Any]) -> None:
         try:
-            with self.context:
-                work()
-        except self._failures as error:
-            return complaints or [(first_line(error), "")]
-        finally:
-            handler.detach()
-        return None
+            answer = self.worker.ask(job)
+        except Died as death:
+            raise self._crash(target, death, job) from death
+        if not answer:
+            return
+        complaints, left = ([(text, place) for text, place in answer[key]] for key in ("complaints", "left"))
+        if answer["failed"] == 2:
+            raise self.cannot_run(complaints)
+        raise self.refusal(target if answer["failed"] else None, complaints, left)
 
-    def refusal(self, target: str | None, complaints: Sequence[tuple[str, str]], module: Any) -> PlanishError:
-        """The error for what a pipeline complained of; `module` is what it left. None: on the way to torch."""
+    def _crash(self, target: str, death: Died, job: Mapping[str, Any]) -> PlanishError:
+        """The error for a process that died of a job."""
+        way = {0: "the torch dialect", 1: f"the target {target}"}.get(death.at or 0, "machine code")
+        what = f"torch-mlir died on the way to {way} ({death})"
+        node: Node | None = None
+        hint: str | None = KILLED
+        if death.how != "SIGKILL":
+            node = self._deadly(job)
+            hint = WITHOUT if job["constants"] is not None else self._able(target, fresh=True)
+        which = f"op '{node.op.name}'" if node is not None else f"graph '{self.flat.graph.name}'"
+        return PlanishError(f"{which}: {what}", where=str(node) if node is not None else None, hint=hint)
+
+    def _deadly(self, job: Mapping[str, Any]) -> Node | None:
+        """The node of which the process dies: the last of the fewest first ones that kill it. None: not one alone."""
+        nodes = list(self.flat.graph.nodes)
+        if not nodes or self._dies({**job, "pipelines": [], "text": None, "constants": None}):
+            return None
+        lives, dies = 0, len(nodes)
+        while dies - lives > 1:
+            middle = (lives + dies) // 2
+            if self._part_dies(middle, job):
+                dies = middle
+            else:
+                lives = middle
+        return nodes[dies - 1] if self._part_dies(dies, job) else None
+
+    def _part_dies(self, count: int, job: Mapping[str, Any]) -> bool:
+        """Whether a process dies of the first nodes."""
+        try:
+            part = Lowering(self.flat.first(count), self._inputs)
+        except PlanishError:
+            return False
+        try:
+            constants: list[str] | None = [] if job["constants"] is not None else None
+            return part._dies({**job, "module": str(part._program), "text": None, "constants": constants})
+        finally:
+            part.worker.close()
+
+    def _dies(self, job: Mapping[str, Any]) -> bool:
+        try:
+            self.worker.ask(job)
+        except Died:
+            return True
+        return False
+
+    def refusal(
+        self, target: str | None, complaints: Sequence[tuple[str, str]], left: Sequence[tuple[str, str]]
+    ) -> PlanishError:
+        """The error for what a pipeline complained of; `left`: the ops that it left. None: on the way to torch."""
         lacking = f"the target {target} cannot hold it" if target is not None else "torch-mlir has no form of it"
-        named = _located(complaints) or _left(module, complaints) or list(complaints)
+        stuck = any("failed to legalize" in message for message, _ in complaints)  # names but a constant they read
+        named = _located(complaints) or (_located(left) if stuck else []) or list(complaints)
         what, where = self._named(lacking, named)
         return PlanishError(what, where=where, hint=self._able(target))
 
     def cannot_run(self, complaints: Sequence[tuple[str, str]]) -> PlanishError:
         """The error for a module of linalg that does not become machine code."""
         what, where = self._named("linalg cannot be run on the CPU with it", _located(complaints) or list(complaints))
-        return PlanishError(what, where=where, hint="without --oracle, the models are evaluated by torch")
+        return PlanishError(what, where=where, hint=WITHOUT)
 
     def _named(self, lacking: str, complaints: Sequence[tuple[str, str]]) -> tuple[str, str | None]:
         """The text of an error, and the node."""
@@ -173,12 +242,12 @@ class Lowering:
         which = f"op '{node.op.name}'" if node is not None else f"graph '{self.flat.graph.name}'"
         return f"{which}: {lacking} ({what})", str(node) if node is not None else None
 
-    def _able(self, target: str | None) -> str | None:
-        """The nearest target that can hold the graph."""
+    def _able(self, target: str | None, fresh: bool = False) -> str | None:
+        """The nearest target that can hold the graph; `fresh`: it may be that not even the torch dialect can."""
         for other in TARGETS[target][1] if target is not None else ():
-            pipeline, _ = TARGETS[other]
-            if pipeline is None or self.run(self._copy(), pipeline) is None:
-                return f"the target {other} can hold this model"
+            with suppress(Died):
+                if (other == "torch" and not fresh) or not self.worker.ask(self._job(other)):
+                    return f"the target {other} can hold this model"
         return self._portable()
 
     def _portable(self) -> str | None:
@@ -192,23 +261,6 @@ class Lowering:
 
 def _located(complaints: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return [entry for entry in complaints if _LOCATION.search(entry[1])]
-
-
-def _left(module: Any, complaints: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """(name, location) of the operations that no pattern took, where the complaint names only a constant they read."""
-    if not any("failed to legalize" in message for message, _ in complaints):
-        return []
-    found: list[tuple[str, str]] = []
-
-    def look(operation: Any) -> Any:
-        if operation.name.startswith(("torch.aten", "torch.prims", "torch.operator", "torch.quant")):
-            found.append((f"'{operation.name}'", str(operation.location)))
-        return advance
-
-    walk = importlib.import_module("torch_mlir.ir")
-    advance = walk.WalkResult.ADVANCE
-    getattr(module, "operation", module).walk(look)
-    return _located(found)
 
 
 # -- files -----------------------------------------------------------------------------------------------
@@ -227,17 +279,23 @@ def write(
         The size of every symbol.
 
     Raises:
-        PlanishError: torch-mlir is not installed, an op that the target cannot hold, or the file cannot be written.
+        PlanishError: torch-mlir is not installed or crashes, an op that the target cannot hold, or the file cannot be
+            written.
     """
     check_mlir_target(target)
     require()
     inputs, chosen = sized(graph, sizes)
     lowering = Lowering(flatten(graph), inputs)
-    module = lowering.to(target)
-    with atomic(path) as handle:
-        handle.write(_header(lowering, inputs, target, chosen).encode("ascii", "backslashreplace"))
-        module.print(file=handle, binary=True)
-        handle.write(b"\n")
+    try:
+        text = lowering.worker.folder / "text.mlir"
+        with lowering.worker.writing():
+            text.write_bytes(_header(lowering, inputs, target, chosen).encode("ascii", "backslashreplace"))
+        lowering.write(target, text)
+        with atomic(path) as handle, text.open("rb") as made:
+            shutil.copyfileobj(made, handle, 1 << 20)
+            handle.write(b"\n")
+    finally:
+        lowering.worker.close()
     return chosen
 
 

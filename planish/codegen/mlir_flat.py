@@ -116,12 +116,31 @@ class Flat:
         module: its arguments are the inputs without a default, in order, and then `constants`.
         constants: what stands outside of the module.
         inputs: the names of the inputs.
+        dtype, lift: as for `flatten`.
     """
 
     graph: Graph
     module: torch.fx.GraphModule
     constants: tuple[torch.Tensor, ...]
     inputs: tuple[str, ...]
+    dtype: torch.dtype | None = None
+    lift: int | None = None
+
+    def first(self, count: int) -> Flat:
+        """The code of the first nodes of the graph alone, whose outputs are what none of them reads.
+
+        Raises:
+            PlanishError: none of their results is a tensor.
+        """
+        graph = self.graph.clone()
+        kept = set(list(graph.nodes)[:count])
+        made = [value for node in graph.nodes if node in kept for value in node.results]
+        graph.outputs = [
+            (value.name, value) for value in made if isinstance(value.type, TensorType) and kept.isdisjoint(value.users)
+        ]
+        if not graph.outputs:
+            raise PlanishError(f"graph '{graph.name}': no tensor is made by its first {count} nodes")
+        return flatten(graph, dtype=self.dtype, lift=self.lift)
 
 
 def flatten(graph: Graph, *, dtype: torch.dtype | None = None, lift: int | None = None) -> Flat:
@@ -153,7 +172,7 @@ def flatten(graph: Graph, *, dtype: torch.dtype | None = None, lift: int | None 
     constants = _lifted(module, lift) if lift is not None else ()
     module.graph.lint()
     module.recompile()
-    return Flat(graph, module.eval(), constants, names)
+    return Flat(graph, module.eval(), constants, names, dtype, lift)
 
 
 def _outputs(emission: Emission) -> tuple[torch.fx.Node, ...]:

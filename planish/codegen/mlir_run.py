@@ -2,27 +2,27 @@
 
 The graph is lowered to linalg in float64, bufferised, turned into loops, and compiled by LLVM, without its
 optimiser, in torch-mlir's ExecutionEngine; erf, exp, tanh and the like are those of the C library. Results are written
-to buffers that the caller gives. Constants are arguments: they stay where they are in memory.
+to buffers that the caller gives. Constants are arguments: they stay where they are in memory. Both the compiler and
+what it makes run in another process (`mlir_process`), with arrays passed as .npy files.
 
     Compiled(graph, inputs).run(inputs)  ->  {output: float64 tensor}
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from planish.codegen.mlir import Lowering
+from planish.codegen.mlir import KILLED, WITHOUT, Lowering
 from planish.codegen.mlir_flat import flatten
+from planish.codegen.mlir_process import Died
 from planish.ir.errors import PlanishError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from planish.ir.graph import Graph
 
 __all__ = ["Compiled", "Oracle"]
@@ -68,31 +68,29 @@ class Compiled:
 
     Raises:
         PlanishError: torch-mlir is not installed, or an op cannot be run; the error names the op and its node.
+            Or torch-mlir crashes.
     """
 
     def __init__(self, graph: Graph, inputs: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float64) -> None:
         self.dtype = dtype
+        self.name = graph.name
         self.names = tuple(name for name, _ in graph.outputs)
         flat = flatten(graph, dtype=dtype, lift=LARGE)
         lowering = Lowering(flat, self._held(inputs))
-        module = lowering.to("linalg")
-        self.inputs, self.results = flat.inputs, lowering.results
-        self.constants = [tensor.contiguous().numpy() for tensor in flat.constants]
-        ir, engine = (importlib.import_module(f"torch_mlir.{name}") for name in ("ir", "execution_engine"))
-        with lowering.context:
-            function = next(op for op in module.regions[0].blocks[0].operations if op.operation.name == "func.func")
-            function.attributes["llvm.emit_c_interface"] = ir.UnitAttr.get()
-        found = lowering.run(module, ",".join(_PIPELINE))
-        if found is None:
-            text = module.get_asm(binary=True, enable_debug_info=True)
+        self.inputs, self.results, self.worker = flat.inputs, lowering.results, lowering.worker
+        try:
+            constants = [self._put(f"constant{i}", tensor) for i, tensor in enumerate(flat.constants)]
+            lowering.compile(",".join(_PIPELINE), constants)
+        except BaseException:
+            self.worker.close()
+            raise
 
-            def compile_() -> None:
-                self._engine: Any = engine.ExecutionEngine(ir.Module.parse(text), opt_level=0)
-                self._engine.lookup("main")
-
-            found = lowering.attempt(compile_)
-        if found is not None:
-            raise lowering.cannot_run(found)
+    def _put(self, name: str, tensor: torch.Tensor) -> Path:
+        """Write a file for the process."""
+        path = self.worker.folder / f"{name}.npy"
+        with self.worker.writing():
+            np.save(path, tensor.contiguous().numpy(), allow_pickle=False)
+        return path
 
     def _held(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         wide = {name: torch.as_tensor(value) for name, value in inputs.items()}
@@ -103,19 +101,25 @@ class Compiled:
 
         Args:
             inputs: by name, of the sizes that were compiled for; indices in range, which nothing checks here.
+
+        Raises:
+            PlanishError: the machine code crashes.
         """
         held = self._held(inputs)
-        given = [held[name].contiguous().numpy() for name in self.inputs]
-        made = [torch.zeros(shape, dtype=dtype) for shape, dtype in self.results]
-        arguments = [_pointer(array) for array in (*given, *self.constants, *(t.numpy() for t in made))]
-        self._engine.invoke("main", *arguments)
-        return dict(zip(self.names, made, strict=True))
-
-
-def _pointer(array: np.ndarray) -> Any:
-    """A memref of an array, as the C interface of a function takes it."""
-    runtime = importlib.import_module("torch_mlir.runtime")
-    return ctypes.pointer(ctypes.pointer(runtime.get_ranked_memref_descriptor(array)))
+        given = [self._put(f"input{i}", held[name]) for i, name in enumerate(self.inputs)]
+        made = [self.worker.folder / f"result{i}.npy" for i in range(len(self.results))]
+        results = [
+            (str(path), list(shape), torch.empty(0, dtype=dtype).numpy().dtype.str)
+            for path, (shape, dtype) in zip(made, self.results, strict=True)
+        ]
+        try:
+            self.worker.ask({"do": "run", "inputs": [str(path) for path in given], "results": results})
+        except Died as death:
+            self.worker.close()
+            what = f"graph '{self.name}': the machine code of torch-mlir died ({death})"
+            raise PlanishError(what, hint=KILLED if death.how == "SIGKILL" else WITHOUT) from death
+        found = [torch.from_numpy(np.load(path, allow_pickle=False)) for path in made]
+        return dict(zip(self.names, found, strict=True))
 
 
 class Oracle:
@@ -139,4 +143,8 @@ class Oracle:
         key = tuple((name, tuple(value.shape)) for name, value in needed.items())
         if key not in self._compiled:
             self._compiled[key] = Compiled(self.graph, needed, self.dtype)
-        return self._compiled[key].run(needed)
+        try:
+            return self._compiled[key].run(needed)
+        except PlanishError:  # its process is gone
+            del self._compiled[key]
+            raise

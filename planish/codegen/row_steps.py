@@ -6,12 +6,10 @@ for each statistic, one for the results. The low-rank down of many rows is such 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from planish.codegen.kernel_spec import Step, half_of, padded
 from planish.codegen.row_writer import CODES, STATISTICS, Rows, RowWriter, Tile, power
-from planish.kernels.table import ROWS
 
 MOST_INNER = 512  # the largest block that is transformed within one step of a low-rank down
 
@@ -301,21 +299,3 @@ class RowSteps(RowWriter):
             self._codes(step, tile)
         elif self.is_output(step.writes[0]):
             self._store(step.writes[0], self.value(step.writes[0], tile), tile)
-
-    # -- cost ------------------------------------------------------------------------------------
-
-    def flops(self) -> tuple[tuple[str, int], ...]:
-        """Operations of one row."""
-        total = 0.0
-        for step in self.steps:
-            size = self.size(step.reads[0])
-            if step.row == "hadamard":
-                block, base = int(step.option("block")), int(dict(step.options).get("base", 1))
-                total += size * (math.log2(block // base) + 2 * base * (base > 1) + 1)
-            elif step.row == "down":
-                total += 2.0 * size * int(step.option("rank"))
-            elif step.row == "reassemble":
-                total += 2.0 * int(step.option("columns")) * int(step.option("terms"))
-            elif step.row != "gather":
-                total += ROWS[step.row].flops * size
-        return (("float", int(total)),)

@@ -65,7 +65,6 @@ class Body:
         grid: a Python expression (tuple) of the launch grid, in terms as `Buffer.size`.
         parameters, buffers: see there.
         constants: module-level names and numbers, written before the kernel as tl.constexpr (K, N, ...).
-        flops: of one row (M = 1), by kind: {"int8": 2 * K * N, "float": ...}; () where the cost module counts.
     """
 
     kernel: str
@@ -76,4 +75,3 @@ class Body:
     parameters: tuple[Parameter, ...]
     buffers: tuple[Buffer, ...] = ()
     constants: tuple[tuple[str, int], ...] = ()
-    flops: tuple[tuple[str, int], ...] = ()

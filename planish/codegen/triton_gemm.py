@@ -252,15 +252,6 @@ def _buffers(kernel: Kernel, main: Loop) -> tuple[Buffer, ...]:
     return tuple(found)
 
 
-def _flops(kernel: Kernel, main: Loop, dtype: str) -> tuple[tuple[str, int], ...]:
-    kind = "int8" if main.cut.integer else dtype
-    counts = {kind: 2 * len(kernel.products) * kernel.columns * kernel.outputs}
-    narrow = sum(2 * b.rank * kernel.outputs for p in kernel.products for b in p.branches)
-    if narrow:
-        counts[dtype] = counts.get(dtype, 0) + narrow
-    return tuple(counts.items())
-
-
 def body(kernel: Kernel, dtype: str) -> Body:
     """The body of a gemm.
 
@@ -289,5 +280,4 @@ def body(kernel: Kernel, dtype: str) -> Body:
         parameters=parameters,
         buffers=buffers,
         constants=(("N", kernel.outputs),),
-        flops=_flops(kernel, writer.main, dtype),
     )

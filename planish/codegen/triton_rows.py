@@ -102,7 +102,6 @@ def body(kernel: Kernel, dtype: str) -> Body:
         references=references,
         grid="(triton.cdiv(M, launch.BLOCK_M),)",
         parameters=parameters,
-        flops=program.flops(),
     )
 
 
