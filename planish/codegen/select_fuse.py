@@ -19,6 +19,7 @@ from planish.codegen.select_sites import (
     UNARY,
     Left,
     WeightKind,
+    fixed,
     is_view,
     left_of,
     linear_shape,
@@ -87,7 +88,7 @@ class Fusion:
     def _linear(self, node: Node) -> None:
         kind = weight_kind(node)
         if kind is None:
-            if all(v is None or v.is_constant for v in node.operands[1:]):
+            if all(fixed(v) for v in node.operands[1:]):
                 self.miss(node, "its weight is not quantised")
             return
         left = left_of(node)

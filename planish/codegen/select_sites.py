@@ -133,7 +133,7 @@ def weight_kind(node: Node) -> WeightKind | str | None:
     if made.op.name == "gather" and _is_decoder(made.operand(0)):
         return "its groups are not consecutive columns"
     if not _is_decoder(held):
-        return None
+        return f"its weight is decoded before a {made.op.name}" if fixed(held) and decoders(held, True) else None
     split = made.op.name == "dequantize_split"
     codes, scale, zero = (made.operand(i) for i in ((0, 2, 3) if split else (0, 1, 2)))
     assert codes is not None and codes.dtype is not None
@@ -198,12 +198,20 @@ def _is_decoder(value: Value | None) -> bool:
     return all(v is None or v.is_constant or _is_decoder(v) for v in made.operands)
 
 
-def decoders(value: Value | None) -> list[Node]:
-    """The nodes that make the numbers of a quantised constant."""
+def fixed(value: Value | None) -> bool:
+    """True for a constant, for what nodes make of constants alone, and for an operand that is left out."""
+    if value is None or value.is_constant:
+        return True
+    return value.producer is not None and all(fixed(v) for v in value.producer.operands)
+
+
+def decoders(value: Value | None, alone: bool = False) -> list[Node]:
+    """The nodes that make the numbers of a quantised constant; `alone`: only those that decode."""
     made = value.producer if value is not None else None
     if made is None:
         return []
-    return [node for v in made.operands if v is not None and v.producer for node in decoders(v)] + [made]
+    found = [node for v in made.operands if v is not None and v.producer for node in decoders(v, alone)]
+    return [*found, made] if not alone or made.op.name in ("dequantize", "dequantize_split") else found
 
 
 def left_of(node: Node) -> Left | str:
