@@ -439,6 +439,10 @@ def kernels(
 
     terminal = _terminal(quiet or json)
     check_dtype(dtype)
+    if target is not None:
+        from planish.report.kernels import check_sheet
+
+        check_sheet(target, rows)
     options = _calibration(calibrate, tokenizer, row_mask, samples, batch, length)
     graph = _quantised(model, recipe, pipeline, options, terminal, seed=seed, validate=validate)
     made = select(graph, Options(closing=closing))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from test_select import quantised
 
 from planish import cli
 from planish.codegen.select import select
-from planish.ir.store import save
+from planish.codegen.triton import emit_plan
+from planish.ir.store import load, save
 from planish.report.kernels import as_dict
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
@@ -119,3 +121,45 @@ def test_errors(run: Run, tmp_path: Path, arguments: list[str], message: str) ->
     code, printed, error = run("kernels", str(path), *arguments)
     assert (code, printed) == (2, "")
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "sm_91"], "target 'sm_91': unknown"),
+        (["--target", "sm_90", "--rows", "0"], "option --rows: expected positive numbers"),
+        (["--dtype", "f64"], "kernel dtype 'f64': unknown"),
+    ],
+)
+def test_what_is_asked_for_is_checked_before_files_are_written(
+    run: Run, model: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    code, _, error = run("kernels", str(model), "--emit", str(tmp_path / "made"), *arguments)
+    assert code == 2
+    assert message in error
+    assert not (tmp_path / "made").exists()
+
+
+def test_files_are_written_together_or_not_at_all(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "made"
+    (folder / "plan.txt").mkdir(parents=True)
+    code, _, error = run("kernels", str(model), "--emit", str(folder))
+    assert (code, [path.name for path in folder.iterdir()]) == (2, ["plan.txt"])
+    assert "plan.txt: cannot be written: is a directory" in error
+
+    moved, replace = [], os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        if len(moved) == 2:
+            raise KeyboardInterrupt
+        moved.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            emit_plan(select(load(model)), tmp_path / "new")
+    assert len(moved) == 2
+    assert not (tmp_path / "new").exists()

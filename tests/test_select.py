@@ -647,3 +647,36 @@ def test_wrong_plans_would_be_seen() -> None:
     for region in (unbound, unmade):
         with pytest.raises(AssertionError):
             check_spec(region)
+
+
+def test_a_weight_that_is_computed_from_constants_says_why_it_has_no_kernel() -> None:
+    b = Build()
+    lowered = b.output(b("linear", b.input("x", "f32[batch, 8]"), b.random(16, 8)))
+    plan = select(quantised(lowered, "quantize{activations=int8:token},lower", []))
+    assert [miss.reason for miss in plan.misses] == ["its weight is decoded before a squeeze"]
+    b = Build()
+    turned = b("transpose", b.random(8, 16), perm=(1, 0))
+    plan = select(b.output(b("linear", b.input("x", "f32[batch, 8]"), turned)))
+    assert [miss.reason for miss in plan.misses] == ["its weight is not quantised"]
+    b = Build()
+    x = b.input("x", "f32[batch, 8]")
+    assert select(b.output(b("matmul", x, b("transpose", x, perm=(1, 0))))).misses == ()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_no_rows(bits: int) -> None:
+    codes = torch.zeros(0, 70, dtype=torch.int8)
+    packed = pack_codes(codes, bits, 0)
+    assert packed.shape == (0, 128 * bits // 8)
+    assert unpack_codes(packed, bits, 70).shape == (0, 70)
+
+
+def test_a_batch_of_none_is_quantised_by_groups() -> None:
+    b = Build()
+    graph = b.output(b("linear", b.input("x", "f32[batch, 32]"), b.random(16, 32)))
+    made = quantised(graph, "quantize{weights=int4:g16 activations=int4:g16}", [])
+    plan, none = select(made), {"x": torch.zeros(0, 32)}
+    assert len(plan.kernels) == 2
+    check(plan, none)
+    (out,) = plan.evaluate(none).values()
+    assert out.shape == (0, 16)

@@ -123,9 +123,10 @@ def pack_codes(codes: torch.Tensor, bits: int, shift: int) -> torch.Tensor:
     held = torch.nn.functional.pad(codes.to(torch.int16) - shift, (0, padded(codes.shape[1]) - codes.shape[1]))
     if bits == 8:
         return held.to(torch.int8).contiguous()
-    planes = (held & ((1 << bits) - 1)).reshape(len(held), -1, 8 // bits, half_of(bits))
+    half, spans = half_of(bits), held.shape[1] * bits // (8 * half_of(bits))
+    planes = (held & ((1 << bits) - 1)).reshape(len(held), spans, 8 // bits, half)
     packed = sum((planes[:, :, p] << (bits * p) for p in range(8 // bits)), start=torch.zeros((), dtype=torch.int16))
-    return packed.to(torch.uint8).view(torch.int8).reshape(len(held), -1).contiguous()
+    return packed.to(torch.uint8).view(torch.int8).flatten(1).contiguous()
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, columns: int, *, signed: bool = True) -> torch.Tensor:
@@ -134,9 +135,10 @@ def unpack_codes(packed: torch.Tensor, bits: int, columns: int, *, signed: bool 
 
     if bits == 8:
         return packed[:, :columns].to(torch.int16)
-    spans = packed.view(torch.uint8).to(torch.int16).reshape(len(packed), -1, 1, half_of(bits))
+    half = half_of(bits)
+    spans = packed.view(torch.uint8).to(torch.int16).reshape(len(packed), packed.shape[1] // half, 1, half)
     moved = torch.arange(0, 8, bits, dtype=torch.int16, device=packed.device).reshape(1, 1, -1, 1)
-    codes = ((spans >> moved) & ((1 << bits) - 1)).reshape(len(packed), -1)[:, :columns]
+    codes = ((spans >> moved) & ((1 << bits) - 1)).flatten(1)[:, :columns]
     return codes - ((codes >> (bits - 1)) << bits) if signed else codes
 
 

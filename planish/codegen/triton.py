@@ -24,7 +24,7 @@ from planish.codegen import configs, triton_gemm, triton_rows
 from planish.codegen.kernel_spec import Kernel
 from planish.codegen.triton_file import Emitted, Launches, render
 from planish.ir.errors import PlanishError
-from planish.ir.files import atomic
+from planish.ir.files import atomic, atomic_group
 
 if TYPE_CHECKING:
     from planish.codegen.regions import Plan
@@ -75,7 +75,7 @@ def emit_plan(plan: Plan, folder: str | Path, dtype: str = "f16") -> list[Emitte
 
     Args:
         plan: the regions.
-        folder: made where it is missing; files of other kernels in it stay.
+        folder: made where it is missing; files of other kernels in it stay. On an error it is left as it was.
         dtype: see `emit_kernel`.
 
     Returns:
@@ -87,14 +87,21 @@ def emit_plan(plan: Plan, folder: str | Path, dtype: str = "f16") -> list[Emitte
     names = {region.name: emit_kernel(region.kernel, dtype) for region in plan.kernels if region.kernel is not None}
     files = list({emitted.name: emitted for emitted in names.values()}.values())
     target = Path(folder)
+    old = target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanishError(f"{target}: cannot be made: {error.strerror or error}") from error
-    for emitted in files:
-        _write(target / f"{emitted.name}.py", emitted.text)
     lines = [f"{r.name}: {names[r.name].name}.py" if r.name in names else f"{r.name}: torch" for r in plan.regions]
-    _write(target / "plan.txt", "\n".join(lines) + "\n")
+    texts = {f"{emitted.name}.py": emitted.text for emitted in files} | {"plan.txt": "\n".join(lines) + "\n"}
+    try:
+        with atomic_group([target / name for name in texts]) as handles:
+            for handle, text in zip(handles, texts.values(), strict=True):
+                handle.write(text.encode())
+    except BaseException:
+        if not old:
+            target.rmdir()
+        raise
     return files
 
 

@@ -73,7 +73,7 @@ def unblocked(blocks: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor [..., n] of that shape whose blocks these are; the padding goes."""
     if blocks.ndim == 2 and blocks.shape[0] == 1 and len(shape) != 1:
         return blocks.reshape(shape)  # one scale for everything
-    flat = blocks.reshape(*blocks.shape[:-2], -1)
+    flat = blocks.flatten(-2)
     return flat[..., : shape[-1]].reshape(shape)
 
 

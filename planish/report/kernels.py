@@ -125,16 +125,24 @@ def sheet_of(plan: Plan, target: str, rows: str) -> list[Line]:
     Raises:
         PlanishError: an unknown target, rows that are no numbers, or Triton is not installed.
     """
+    from planish.codegen.sheet import sheet
+
+    return sheet(plan, target, check_sheet(target, rows))
+
+
+def check_sheet(target: str, rows: str) -> list[int]:
+    """The numbers of rows of a sheet that can be made: see `sheet_of`, whose errors are raised."""
     from importlib.util import find_spec
 
-    from planish.codegen.sheet import sheet
+    from planish.codegen.chips import chip
 
     words = [word.strip() for word in rows.split(",")]
     if not all(word.isdecimal() and int(word) > 0 for word in words):
         raise PlanishError(f"option --rows: expected positive numbers separated by commas, got '{rows}'")
+    chip(target)
     if find_spec("triton") is None:
         raise PlanishError("kernels: need triton", hint="pip install 'planish[triton]'")
-    return sheet(plan, target, [int(word) for word in words])
+    return [int(word) for word in words]
 
 
 def show_sheet(terminal: Terminal, lines: Sequence[Line]) -> None:
