@@ -24,6 +24,7 @@ from planish.codegen.partition import Partition
 from planish.codegen.regions import Bound, Plan, Region, pack_codes, unpack_codes
 from planish.codegen.select import Options, select
 from planish.codegen.select_sites import weight_kind
+from planish.codegen.triton import emit_kernel
 from planish.codegen.triton_rows import refusal
 from planish.integrate.recipes import builtin_names, load_recipe
 from planish.ir.errors import PlanishError
@@ -680,3 +681,16 @@ def test_a_batch_of_none_is_quantised_by_groups() -> None:
     check(plan, none)
     (out,) = plan.evaluate(none).values()
     assert out.shape == (0, 16)
+
+
+def test_an_operand_for_each_row_stays_in_torch() -> None:
+    """1.5 - linear(x) * c with c [2, 3, 1]: no vector of the kernel's columns, and no residual either."""
+    b = Build()
+    made = b("linear", b.input("x", "f32[2, 3, 32]"), b.random(16, 32))
+    graph = b.output(b("sub", 1.5, b("mul", made, b.random(2, 3, 1))))
+    plan = select(quantised(graph, "quantize{weights=int8:channel activations=int8:token}", []))
+    held = {"x": torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))}
+    check(plan, held)
+    assert "mul" in {n.op.name for r in plan.regions if r.kernel is None for n in r.nodes}
+    for region in plan.kernels:
+        assert region.kernel is not None and emit_kernel(region.kernel, "f32").text
