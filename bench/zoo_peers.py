@@ -272,6 +272,7 @@ def main() -> int:
         worker={"action": "store_true", "help": "serve requests (used by the script itself)"},
     )
     if options.worker:
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # not bench/kernels.py
         return worker()
     names = options.only or [n for n in zoo_models.entries() if not options.quick or n in QUICK]
     found = run(names)

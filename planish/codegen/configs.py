@@ -6,8 +6,8 @@ measures instead (docs/kernels.md).
 
     {target: {class: {most rows: {"BLOCK_M": 128, ..., "num_warps": 8, "num_stages": 3}}}}
 
-A class says what decides the machine code: operands, decoder, number of products, branches, closing steps; of a
-prologue its steps and the power of two that holds a row. Sizes are left out. What the data do not say of a class they
+A class says what decides the machine code: operands, decoder, number of products, branches, closing steps, tiles that
+the epilogue reads; of a prologue its steps and the power of two that holds a row. Sizes are left out. What the data do not say of a class they
 say of the longest leading part of its words that is there.
 """
 
@@ -46,6 +46,9 @@ def class_of(kernel: Kernel) -> str:
     words += ["closing"] if kernel.closing else []
     words += ["hadamard"] if any(step.row == "hadamard" for step in kernel.closing) else []
     words += [f"g{weight.group}"] if weight.group else []
+    steps = {name for step in kernel.steps for name in step.reads}
+    tiles = [t for t in kernel.tensors if t.role == "input" and t.name in steps and t.shape == ("M", kernel.outputs)]
+    words += ["residual"] if tiles else []
     return " ".join(words)
 
 
