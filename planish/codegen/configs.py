@@ -7,8 +7,8 @@ measures instead (docs/kernels.md).
     {target: {class: {most rows: {"BLOCK_M": 128, ..., "num_warps": 8, "num_stages": 3}}}}
 
 A class says what decides the machine code: operands, decoder, number of products, branches, closing steps, tiles that
-the epilogue reads; of a prologue its steps and the power of two that holds a row. Sizes are left out. What the data do not say of a class they
-say of the longest leading part of its words that is there.
+the epilogue reads; of a prologue its steps and the power of two that holds a row. Sizes are left out. What the data do
+not say of a class they say of the longest leading part of its words that is there.
 """
 
 from __future__ import annotations
