@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -569,6 +570,7 @@ def test_warnings_are_one_line(run: Run, model: Path, monkeypatch: pytest.Monkey
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "planish", *map(str, arguments)]
+    options["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
 
 
