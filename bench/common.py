@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +69,26 @@ class Outcome:
         short = " ".join(f"{t.name.replace(' ', '_')}={t.value:.4g}" for t in self.targets)
         print(f"{self.name}: {len(self.targets) - len(missed)}/{len(self.targets)} targets met {short}")
         return 1 if missed else 0
+
+
+def environment(name: str, pins: Sequence[str], *, borrow: bool = False) -> Path:
+    """The Python of a virtual environment `name` in the cache, which is made where it is missing or has other pins.
+
+    Args:
+        pins: requirements, as pip takes them.
+        borrow: install these alone; everything else is that of the environment which runs this.
+    """
+    folder = Path(os.environ.get("PLANISH_CACHE") or Path.home() / ".cache" / "planish") / name
+    python, stamp = folder / "bin" / "python", folder / "planish-pins.txt"
+    if not stamp.exists() or stamp.read_text().split() != list(pins):
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*command, *["--no-deps"] * borrow, *pins], check=True)
+        if borrow:
+            packages = next((folder / "lib").glob("python*/site-packages"))
+            (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        stamp.write_text("\n".join(pins) + "\n")
+    return python
 
 
 def _cpu() -> str:

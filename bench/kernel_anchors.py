@@ -11,12 +11,10 @@ fit the chip; the one without spills that needs the fewest instructions for an o
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import common
 
 from planish.codegen.aot import Failure, Job, compile_all
 from planish.codegen.chips import chip
@@ -70,18 +68,7 @@ class Anchor:
 
 def environment() -> Path:
     """The Python of the environment with the opponents, which is made where it is missing."""
-    cache = Path(os.environ.get("PLANISH_CACHE") or Path.home() / ".cache" / "planish")
-    folder = cache / "venv-kernels"
-    python = folder / "bin" / "python"
-    stamp = folder / "planish-pins.txt"
-    if not stamp.exists() or stamp.read_text().split() != list(PINS):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", *PINS]
-        subprocess.run(command, check=True)
-        packages = next((folder / "lib").glob("python*/site-packages"))
-        (packages / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        stamp.write_text("\n".join(PINS) + "\n")
-    return python
+    return common.environment("venv-kernels", PINS, borrow=True)
 
 
 # -- gemlite -------------------------------------------------------------------------------------

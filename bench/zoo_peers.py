@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import common
 import zoo_models
 
 if TYPE_CHECKING:
@@ -220,16 +220,7 @@ def worker() -> int:
 
 def environment() -> Path:
     """The Python of the peers' virtual environment, which is made where it is missing."""
-    cache = Path(os.environ.get("PLANISH_CACHE") or Path.home() / ".cache" / "planish")
-    folder = cache / "venv-peers"
-    python = folder / "bin" / "python"
-    stamp = folder / "planish-pins.txt"
-    if not stamp.exists() or stamp.read_text().split() != list(PINS):
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
-        subprocess.run(command, check=True)
-        stamp.write_text("\n".join(PINS) + "\n")
-    return python
+    return common.environment("venv-peers", PINS)
 
 
 def run(names: list[str], seed: int = 0, limit: float = LIMIT) -> dict[str, dict[str, Any]]:

@@ -28,10 +28,9 @@ from dataclasses import dataclass, field
 
 from planish.codegen.chips import Chip
 from planish.codegen.kernel_spec import SPAN, Kernel, Step, Tensor, padded
+from planish.ir.types import bits
 from planish.kernels.table import ROWS
 
-BYTES = {"i8": 1, "u8": 1, "i16": 2, "u16": 2, "f16": 2, "bf16": 2, "i32": 4, "u32": 4, "f32": 4, "i64": 8, "f64": 8}
-BYTES |= {"f8e4m3fn": 1, "f8e5m2": 1, "f8e8m0": 1, "bool": 1}
 CACHE_PART = 0.9  # of the last cache, for what a launch uses again
 
 
@@ -77,7 +76,7 @@ def dtype_of(tensor: Tensor, dtype: str) -> str:
 
 def size(tensor: Tensor, rows: int, dtype: str) -> int:
     """Bytes of a border tensor as it is stored."""
-    return math.prod(rows if d == "M" else int(d) for d in tensor.shape) * BYTES[dtype_of(tensor, dtype)]
+    return math.prod(rows if d == "M" else int(d) for d in tensor.shape) * bits(dtype_of(tensor, dtype)) // 8
 
 
 def least_size(tensor: Tensor, rows: int, dtype: str, columns: int) -> int:
@@ -242,7 +241,7 @@ def _rows_again(kernel: Kernel, rows: int, dtype: str) -> int:
     if not kernel.closing:
         return 0
     scratch = sum(2 * size(t, rows, dtype) for t in kernel.tensors if t.role == "scratch")
-    return scratch or rows * kernel.outputs * BYTES[dtype]
+    return scratch or rows * kernel.outputs * bits(dtype) // 8
 
 
 # -- operations ----------------------------------------------------------------------------------

@@ -117,7 +117,10 @@ class Bound:
 
 
 def pack_codes(codes: torch.Tensor, bits: int, shift: int) -> torch.Tensor:
-    """Codes [M, C] less `shift` as kernels read them: i8 [M, padded(C) * bits / 8], planes by halves of a span."""
+    """Codes [M, C] less `shift` as kernels read them: i8 [M, padded(C) * bits / 8], planes by halves of a span.
+
+    What `containers.triton.planes` does for weights in numpy, on the device where the codes are.
+    """
     import torch
 
     held = torch.nn.functional.pad(codes.to(torch.int16) - shift, (0, padded(codes.shape[1]) - codes.shape[1]))
