@@ -136,7 +136,7 @@ def targets(figures: dict[str, Any]) -> list[Target]:
 
 
 def peer_targets(figures: dict[str, Any], peers: dict[str, Any]) -> list[Target]:
-    """In no row a peer is better at equal or fewer bits: the best such peer's figure is the bound."""
+    """In no row a peer is better at equal or fewer bits (to a hundredth): the best such peer's figure is the bound."""
     found = []
     for name, row in figures.items():
         if row.get("bound") is None:
@@ -147,7 +147,7 @@ def peer_targets(figures: dict[str, Any], peers: dict[str, Any]) -> list[Target]
         rivals = {
             peer: held[key]
             for peer, held in peers.items()
-            if held.get("rows") and name in held["rows"] and held.get(key) is not None and held["bits"] <= bits + 1e-6
+            if held.get("rows") and name in held["rows"] and held.get(key) is not None and held["bits"] < bits + 0.01
         }
         if rivals:
             best = (min if lower else max)(rivals, key=lambda peer: rivals[peer])

@@ -424,14 +424,6 @@ def test_static_needs_statistics() -> None:
     assert not report.applied
 
 
-def test_half_precision_is_declined() -> None:
-    b = Build()
-    graph = b.output(b("linear", b.input("x", "f16[b, 8]"), b.random(4, 8, dtype="f16")))
-    after, report = run(graph)
-    assert after == graph
-    assert dict(report.declined) == {"its operands are f16 and f16; expected f32": ["linear %linear"]}
-
-
 def test_a_transposed_gemm_is_declined() -> None:
     b = Build()
     graph = b.output(b("gemm", b.input("x", "f32[6, 5]"), b.random(6, 4), trans_a=True))

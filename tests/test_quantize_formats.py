@@ -458,14 +458,6 @@ def test_weights_of_any_common_size_are_reached(text: str, clip: str, seed: int,
     assert not report.declined
 
 
-def test_a_table_in_half_precision_is_declined() -> None:
-    b = Build()
-    graph = b.output(b("embedding", b.random(300, 8, dtype="f16"), b.input("ids", "i64[n]")))
-    after, report = run(graph, "embeddings=int8:channel")
-    assert after == graph
-    assert dict(report.declined) == {"its table is f16; expected f32": ["embedding %embedding"]}
-
-
 @pytest.mark.parametrize("text", ["uint2:channel", "uint4:channel", "uint4:channel:f16"])
 def test_a_tied_table_with_zero_points_of_few_bits(text: str) -> None:
     b = Build()

@@ -44,6 +44,9 @@ def lower_bound(value: Value | None) -> float | None:
         case "max":
             known = [b for b in map(_bound, node.operands) if b is not None]
             return max(known) if known else None
+        case "cast":
+            below = lower_bound(first)  # rounding may pass any other bound
+            return 0.0 if below is not None and below >= 0 else None
         case "add":
             left, right = map(_bound, node.operands[:2])
             return None if left is None or right is None else left + right

@@ -23,7 +23,7 @@ error; `static-range` does the like for calibrated activations.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,7 @@ from planish.passes.channels import Kind
 from planish.passes.named import check_patterns, require_named
 from planish.passes.options import Range, option
 from planish.passes.quantize_activations import Activations, as_read, is_rounded
+from planish.passes.quantize_dtypes import Widening
 from planish.passes.quantize_inputs import Inputs
 from planish.passes.quantize_sites import check_form, kinds_read
 from planish.passes.quantize_tables import insert_table, look_up, reads_as_rows, round_table
@@ -99,6 +100,7 @@ class Quantize(Pass):
         nodes = [n for n in graph.nodes if n.op.name in READERS or n.op.name == "embedding"]
         with Rewriter(graph) as rewriter:
             work = _Work(self, graph, context, rewriter, report, nodes)
+            work.prepare()
             for node in context.progress(nodes, "quantize"):
                 try:
                     require_named(node, self.skip, self.only)
@@ -130,20 +132,43 @@ class _Work:
     inputs: Inputs | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
+        own = self.options
+        self.stats = self.context.stats
+        self.kept = kept_float(self.graph)
+        self.kinds = kinds_read(self.graph) if own.sites else {}
+
+    def prepare(self) -> None:
+        """Move what will be quantised to f32, and set up what rounds it."""
         own, shared = self.options, (self.rewriter, self.report)
         form, active = own.form_of("weights"), own.form_of("activations")
+        self._widen()
         if form is not None:
             self.weights = Weights(form, own.clip, own.damping, own.act_order, *shared)
         if active is not None:
             rule = (own.static_range, own.percentile)
-            self.activations = Activations(active, *rule, self.rewriter, self.context.stats, self.report)
-        self.kept = kept_float(self.graph)
-        self.kinds = kinds_read(self.graph) if own.sites else {}
+            self.activations = Activations(active, *rule, self.rewriter, self.stats, self.report)
         if own.solver == "gptq" and self.weights is not None:
             read = [n.operands[0] for n in self.nodes if n.op.name != "embedding"]
-            self.inputs = Inputs(
-                self.graph, [v for v in read if v is not None], self.context, own.inputs == "quantised"
-            )
+            context = replace(self.context, stats=self.stats)
+            self.inputs = Inputs(self.graph, [v for v in read if v is not None], context, own.inputs == "quantised")
+
+    def _widen(self) -> None:
+        """Compute in f32 what is of another float and can be quantised."""
+        widening = Widening(self.rewriter)
+        for node in self.nodes:
+            try:
+                require_named(node, self.options.skip, self.options.only)
+                if node.op.name == "embedding":
+                    if self._rows(node) is not None:
+                        widening.node(node, [0])
+                elif (pair := self._multiplied(node)) is not None:
+                    self.check(node, *pair)
+                    widening.node(node, [0, 1, 2])
+            except Declined:
+                continue  # said when it is its turn
+        widening.finish()
+        self.stats = widening.known(self.stats)
+        self.kinds |= {new: self.kinds[old] for old, new in widening.wide.items() if old in self.kinds}
 
     def check(self, node: Node, x: Value, weight: Value) -> None:
         """Raise `Declined` unless a reader can be quantised."""
@@ -160,8 +185,8 @@ class _Work:
             raise Declined("no target multiplies run-time quantised convolutions faster than float", node)
         if conv and active is not None and active.granularity != "tensor":
             raise Declined("a convolution reads one range per tensor", node)
-        if x.dtype != "f32" or data.dtype != "f32":
-            raise Declined(f"its operands are {x.dtype} and {data.dtype}; expected f32", node)
+        if x.dtype not in WIDE_FLOATS or data.dtype not in WIDE_FLOATS:
+            raise Declined(f"its operands are {x.dtype} and {data.dtype}; expected floats", node)
         if data.constant is not None and data.constant.size == 0:
             raise Declined("its weight is empty", node)
         if active is not None and is_rounded(x):
@@ -170,18 +195,25 @@ class _Work:
             kind = self.kinds.get(x)
             raise Declined(f"reads {kind} channels" if kind else "reads channels of no space", node)
 
-    def reader(self, node: Node) -> bool:
-        """Quantise what a linear or convolution multiplies; False: not our business."""
+    def _multiplied(self, node: Node) -> tuple[Value, Value] | None:
+        """The activation and the weight of a linear or convolution; None: not our business."""
         x, weight = node.operands[0], node.operand(1)
         if x is None or weight is None:
-            return False
-        rounded = self.weights is None and qtensor_of(weight) is not None  # by a run before
+            return None
+        no_weights = self.options.form_of("weights") is None
+        rounded = no_weights and qtensor_of(weight) is not None  # by a run before
         if not (weight.is_constant or split_of(weight) is not None or rounded):
+            return None
+        return None if no_weights and qtensor_of(x) is not None else (x, weight)
+
+    def reader(self, node: Node) -> bool:
+        """Quantise what a linear or convolution multiplies; False: not our business."""
+        pair = self._multiplied(node)
+        if pair is None:
             return False
-        if self.weights is None and qtensor_of(x) is not None:
-            return False
+        x, weight = pair
         self.check(node, x, weight)
-        stats = self.context.stats
+        stats = self.stats
         record = stats.along(x.name) if stats is not None else None
         samples = record.samples if record is not None else None
         correcting = self.options.bias_correction and samples is not None and node.op.name == "linear"
@@ -211,18 +243,20 @@ class _Work:
         held = self.rewriter.constant(Constant(old + error, "f32", error.shape), name)
         self.rewriter.set_operand(node, 2, held)
 
-    def table(self, node: Node) -> bool:
-        """Quantise the table of an embedding; False: not our business."""
-        form, table = self.options.form_of("embeddings"), node.operands[0]
-        if form is None or table is None or not table.is_constant or table.rank != 2:
-            return False
-        assert table.constant is not None
+    def _rows(self, node: Node) -> Value | None:
+        """The table of an embedding that is worth quantising; None: not our business."""
+        table = node.operands[0]
+        if self.options.form_of("embeddings") is None or table is None or table.constant is None or table.rank != 2:
+            return None
         rows, width = table.constant.shape
         few = rows < max(self.options.min_rows, 1) or width < 2  # of one column: a scale for each would not be smaller
-        if few or table.dtype not in WIDE_FLOATS:
+        return None if few or table.dtype not in WIDE_FLOATS else table
+
+    def table(self, node: Node) -> bool:
+        """Quantise the table of an embedding; False: not our business."""
+        form, table = self.options.form_of("embeddings"), self._rows(node)
+        if form is None or table is None:
             return False
-        if table.dtype != "f32":
-            raise Declined(f"its table is {table.dtype}; expected f32", node)
         made = {} if self.weights is None else self.weights.made
         if table not in made:
             others = [u for u in table.users if u.op.name != "embedding"]
@@ -241,7 +275,7 @@ class _Work:
             require_named(node, self.options.skip, self.options.only)
             self.check(node, x, weight)
             if self.activations is not None and self.activations.form.static:
-                return self.context.stats is not None and x.name in self.context.stats
+                return self.stats is not None and x.name in self.stats
         except Declined:
             return False
         return True
