@@ -61,7 +61,7 @@ MEASURED: dict[str, tuple[str, str]] = {
     "merge-hadamards": ("insert-hadamard{sites=all},", "merge-hadamards"),
     "isolate-outliers": ("", "isolate-outliers"),
     "disassemble-channels": ("", "disassemble-channels"),
-    "reassemble-channels": ("disassemble-channels,", "reassemble-channels"),
+    "reassemble-channels": ("", "reassemble-channels"),
     "split-layers": ("", "split-layers"),
     "extract-outliers": ("", "extract-outliers"),
     "extract-low-rank": ("", "extract-low-rank"),
