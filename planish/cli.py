@@ -15,6 +15,7 @@ import typer
 
 if TYPE_CHECKING:
     from planish.integrate.convert import CalibrationOptions
+    from planish.ir.graph import Node
     from planish.report.terminal import Terminal
 
 NEGATIVE, ERROR, BUG, BROKEN_PIPE = 1, 2, 70, 141
@@ -498,6 +499,11 @@ def _quantised(
             raise PlanishError("option --calibrate: needs --recipe or --pipeline")
         graph = _raised(model, terminal, True)
         if not any(node.op.name.startswith("dequantize") for node in graph.nodes):
+            if any(_is_lowered(node) for node in graph.nodes):
+                raise PlanishError(
+                    f"{model}: it is quantised in ONNX Runtime's own form, which kernels do not read",
+                    hint="--recipe NAME on the float model",
+                )
             raise PlanishError(f"{model}: nothing in it is quantised", hint="--recipe NAME quantises it first")
         return graph
     if recipe is not None:
@@ -511,6 +517,12 @@ def _quantised(
     return run_pipeline(
         capture(model), passes, calibration=calibration, seed=seed, validate=validate, progress=terminal.progress
     )[0]
+
+
+def _is_lowered(node: Node) -> bool:
+    """True for an operator of ONNX Runtime's own that reads constant codes."""
+    own = node.op.name.startswith("com.microsoft::")
+    return own and any(v is not None and v.is_constant and v.dtype in ("i8", "u8") for v in node.operands)
 
 
 @app.command("convert")

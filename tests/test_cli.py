@@ -476,6 +476,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     assert (code, error) == (2, expected)
 
 
+@pytest.mark.parametrize("suffix", [".ir", ".mlir"])
+def test_a_recipe_writes_onnx(run: Run, model: Path, data: Path, recipe: Path, suffix: str) -> None:
+    out = model.parent / f"out{suffix}"
+    code, _, error = run("optimize", model, "-o", out, "-r", recipe, "--calibrate", data)
+    assert (code, error) == (
+        2,
+        f"error: {out}: a recipe writes ONNX\n  hint: planish opt -p PIPELINE writes {suffix}\n",
+    )
+    assert not out.exists()
+
+
 def test_what_is_written_replaces_nothing_that_is_read(run: Run, model: Path, data: Path, recipe: Path) -> None:
     out = model.parent / "out.onnx"
     held = [path.read_bytes() for path in (model, data, recipe)]

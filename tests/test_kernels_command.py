@@ -123,6 +123,15 @@ def test_errors(run: Run, tmp_path: Path, arguments: list[str], message: str) ->
     assert message in error
 
 
+def test_a_model_that_is_lowered_already(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "lowered.ir"
+    pipeline = "quantize{activations=int8:token embeddings=none},lower{target=ort}"
+    save(quantised(blocks.decoder(64, tokens=4), pipeline, []), path)
+    code, printed, error = run("kernels", str(path))
+    assert (code, printed) == (2, "")
+    assert "it is quantised in ONNX Runtime's own form, which kernels do not read" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -192,6 +192,23 @@ def test_an_integer_pair_stays() -> None:
     assert max(errors(rows, lowered, "onnx")) < EXACT
 
 
+@pytest.mark.parametrize("activation", ["dynamic", "token"])
+@pytest.mark.parametrize("leading", ["2, 5, ", "1, 1, ", "2, 1, 5, ", ""])
+def test_an_integer_pair_of_known_sizes(leading: str, activation: str) -> None:
+    """Where sizes are known the optimiser draws MatMul and the sum of a vector into a Gemm, that into MatMulNBits."""
+    b = Build()
+    x = b.input("x", f"f32[{leading}96]")
+    codes = b.graph.append(get("dynamic_quantize"), [x], ACTIVATIONS[activation])
+    x = b.graph.append(get("dequantize"), list(codes.results)).result
+    graph = b.output(b("linear", x, quantised(b, "int8:channel", 24, 96), b.random(24, name="bias")))
+    if activation == "dynamic":
+        assert errors(graph, graph, "onnx")[-1] > 1e-3
+    lowered, report = lower(graph, "onnx")
+    assert len(report.applied) == 1
+    assert [name for name, _ in lowered.outputs] == [name for name, _ in graph.outputs]
+    assert max(errors(graph, lowered, "onnx")) < EXACT
+
+
 @pytest.mark.parametrize("columns", [96, 33])
 @pytest.mark.parametrize(
     "text",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from block_models import block, save
+from patterns import Build
 
 import planish
 from planish.integrate.recipes import Needs, Recipe, builtin_names, load_recipe, recipe_of
@@ -158,3 +160,17 @@ def test_what_is_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(PlanishError) as caught:
         load_recipe("w8a8-dynamik")
     assert caught.value.what.startswith("recipe 'w8a8-dynamik': unknown; expected a file (.yaml) or one of ")
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_a_linear_without_outputs(name: str, tmp_path: Path) -> None:
+    """Outputs of width 0 are no error: there is nothing to choose a transform by."""
+    b = Build()
+    x = b.input("x", "f32[batch, 32]")
+    made = [b("linear", b(op, x), b.random(rows, 32)) for op, rows in (("neg", 16), ("relu", 0))]
+    graph = b.output(*made)
+    feeds = {"x": b.rng.normal(size=(4, 32)).astype(np.float32)}
+    out = tmp_path / "out.onnx"
+    planish.convert(graph, out, name, calibration=[feeds])
+    found = planish.evaluate(planish.capture(out), feeds)
+    assert [tuple(v.shape) for v in found.values()] == [(4, 16), (4, 0)]

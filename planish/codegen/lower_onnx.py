@@ -8,7 +8,9 @@ stored with a leading axis of 1, K-major, and a Squeeze stands between:
 
 Weights of 8 bits with one scale for each output, read with an activation that is quantised with one scale, keep the
 plain pair: there the optimiser makes an integer product of the same numbers. It makes one of fp8 codes too, which no
-kernel takes (the session does not load), so that those are set apart beside a dequantised activation.
+kernel takes (the session does not load), so that those are set apart beside a dequantised activation. Where all sizes
+are known it first draws a MatMul and the sum of a vector into a Gemm, and that into MatMulNBits: the bias of such a
+pair is a matrix [1, N], which stays a sum.
 
 Tables are gathered as bytes and unpacked (`planish.codegen.tables`).
 """
@@ -19,6 +21,7 @@ import dataclasses
 
 from planish.codegen.ort_linears import source_of
 from planish.codegen.tables import gathered
+from planish.ir.constant import Constant
 from planish.ir.graph import Graph, Node
 from planish.ir.qnodes import insert_dequantize, qtensor_of, weight_of
 from planish.ir.qtensor import QTensor
@@ -64,6 +67,31 @@ def float_pair(node: Node, q: QTensor) -> bool:
     return back is not None and back.op.name in ("dequantize", "dequantize_split") and q.element != "f4e2m1"
 
 
+def drawn_in(node: Node) -> bool:
+    """True for a linear whose MatMul and Add become one Gemm: a bias, and rows of known sizes that are no matrix."""
+    x = node.operands[0]
+    known = x is not None and x.shape is not None and all(isinstance(d, int) for d in x.shape)
+    return node.op.name == "linear" and node.operand(2) is not None and known and x is not None and x.rank != 2
+
+
+def set_bias_apart(node: Node, rewriter: Rewriter) -> bool:
+    """Add the bias as a matrix [1, N], which the optimiser does not draw into the product; False for a vector x."""
+    x, bias = node.operands[0], node.operand(2)
+    if x is None or bias is None or x.rank == 1:
+        return False
+    source = node.source
+    product = rewriter.insert("linear", [x, node.operands[1]], node.attributes, before=node, source=source).result
+    if bias.constant is None:
+        matrix = rewriter.insert("unsqueeze", [bias], {"axes": (0,)}, before=node, source=source).result
+    else:
+        assert bias.dtype is not None
+        row = Constant(bias.constant.wide().reshape(1, -1), bias.dtype, (1, *bias.constant.shape))
+        matrix = rewriter.constant(row, bias.name)
+    made = rewriter.insert("add", [product, matrix], before=node, names=[node.result.name], source=source)
+    rewriter.replace_node(node, made.result)
+    return True
+
+
 def apart(q: QTensor) -> QTensor:
     """A matrix [N, K] as [1, K, N]."""
     turned = q.transposed()
@@ -103,8 +131,12 @@ def set_kernel_apart(node: Node, rewriter: Rewriter) -> bool:
 def set_apart(node: Node, rewriter: Rewriter) -> bool:
     """Put a Squeeze between a product and its dequantised weight; False if there is none, or it may stay."""
     q, weight = weight_of(node), node.operands[1]
-    if q is None or weight is None or q.clusters is not None or integer_pair(node, q):
+    if q is None or weight is None or q.clusters is not None:
         return False
+    if integer_pair(node, q) and not drawn_in(node):
+        return False
+    if integer_pair(node, q) and set_bias_apart(node, rewriter):
+        return True
     if is_float(q.element) and not float_pair(node, q):
         return False
     if q.group_index is not None or q.codes.ndim != 2:

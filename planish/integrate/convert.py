@@ -131,6 +131,8 @@ def convert(
     """
     start, began = time.perf_counter(), time.time()
     out = Path(out)
+    if out.suffix in (".ir", ".mlir"):
+        raise PlanishError(f"{out}: a recipe writes ONNX", hint=f"planish opt -p PIPELINE writes {out.suffix}")
     chosen = load_recipe(recipe)
     if chosen.needs.calibration and calibration is None:
         raise PlanishError(
@@ -251,7 +253,7 @@ def run_pipeline(
             hint=f"the inputs are {', '.join(v.name for v in graph.inputs if v.constant is None)}",
         )
     samples = _few(graph, first) if validate else []
-    head = _head(pipeline.passes)
+    head = head_of(pipeline.passes)
     raised, opening = graph, Report(seed=seed)
     if head:
         raised, opening = Pipeline(pipeline.passes[:head]).run(
@@ -272,7 +274,7 @@ def run_pipeline(
     looking.stats = stats
     if head == len(pipeline.passes):
         return raised, looked_at(raised, opening), stats
-    result, report = _Rest(pipeline.passes, head).run(
+    result, report = Rest(pipeline.passes, head).run(
         raised,
         stats=stats,
         samples=samples,
@@ -289,7 +291,7 @@ def run_pipeline(
     return result, looked_at(result, report), stats
 
 
-class _Rest(Pipeline):
+class Rest(Pipeline):
     """The passes after the first `head`, in an order that was checked together with those."""
 
     def __init__(self, passes: Sequence[Pass], head: int) -> None:
@@ -297,7 +299,7 @@ class _Rest(Pipeline):
         self.passes = list(passes[head:])
 
 
-def _head(passes: Sequence[Pass]) -> int:
+def head_of(passes: Sequence[Pass]) -> int:
     """How many passes run before statistics are collected."""
     for index, instance in enumerate(passes):
         if instance.needs_stats or instance.exactness not in (Exactness.EXACT, Exactness.IDENTITY):

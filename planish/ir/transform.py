@@ -9,6 +9,7 @@ carries (for a shift, which is no linear map, it stands for -t).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -160,8 +161,8 @@ def apply(
     axes = tuple(axes)
     last = tuple(range(array.ndim - len(axes), array.ndim))
     moved = np.moveaxis(array, axes, last)
-    flat = moved.reshape(*moved.shape[: array.ndim - len(axes)], -1)
-    count = flat.shape[-1]
+    count = math.prod(array.shape[axis] for axis in axes)
+    flat = moved.reshape(*moved.shape[: array.ndim - len(axes)], count)
     if atoms is None:
         atoms = np.arange(count)
     covered = atoms >= 0

@@ -106,11 +106,13 @@ def reads_by_group(node: Node, value: Value) -> bool:
 
 
 def reads_by_weight(node: Node, value: Value) -> bool:
-    """True for a linear, gemm or (ungrouped) convolution that multiplies `value` with a constant weight."""
+    """True for a linear, gemm or (ungrouped) convolution that multiplies `value` with a constant, not empty weight."""
     if node.op.name not in READERS or node.operands[0] is not value:
         return False
     weight = node.operand(1)
     if weight is None or not weight.is_constant or node.attributes.get("groups", 1) != 1:
+        return False
+    if weight.constant is None or not weight.constant.size:
         return False
     return not (node.op.name == "gemm" and node.attributes.get("trans_a", False))
 

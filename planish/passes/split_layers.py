@@ -135,7 +135,7 @@ class SplitLayers(Pass):
         data = weight.constant.wide()
         if not np.isfinite(data).all():
             raise PlanishError(f"weight '{weight.name}': holds NaN or infinity", where=place(node))
-        ids = cluster_ids(node, data, self.clusters, self.scope)
+        ids = cluster_ids(node, data, self.clusters, self.scope) if data.size else np.empty(0, np.int64)
         used = np.unique(ids)
         if len(used) < 2:
             raise Declined("its weight holds one value or none", node)

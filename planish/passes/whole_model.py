@@ -58,7 +58,7 @@ class WholeModel:
             tensor = found[name]
             if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.ndim:
                 rows = rows_of(value, tensor, -1, mask)
-                outputs.append(rows[:, :: -(-rows.shape[1] // COLUMNS)].clone())
+                outputs.append(rows[:, :: max(1, -(-rows.shape[1] // COLUMNS))].clone())
         return outputs
 
     def loss(self, graph: Graph) -> float:
