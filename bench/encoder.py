@@ -316,7 +316,11 @@ def compare(options: Any, full: bool, work: Path) -> int:
             Target("exact passes, float32 in ONNX Runtime", exact["float32"], 1e-5),
             Target("exact passes, float64", exact["float64"], 1e-10),
         ]
-    return outcome.finish(options.json)
+    code = outcome.finish(options.json)
+    if full or not code:
+        return code
+    # a demonstration on whatever machine, busy or not: its times are shown, not judged
+    return int(any(not t.met for t in outcome.targets if "latency" not in t.name))
 
 
 def ablation(label: str, work: Path) -> str:
