@@ -1,9 +1,10 @@
 """Search launch parameters by static cost, for chips that are not here, and write planish/codegen/configs.json.
 
-    python bench/kernel_search.py [--targets sm_90 ...] [--classes "gemm int8" ...] [--dry]
+    python bench/kernel_search.py [--targets sm_90 ...] [--classes "gemm int8" ...] [--mend] [--dry]
 
-For every class of kernel (`configs.class_of`) a representative of real size is compiled with some thirty tiles, warps
-and stages. Those that spill or do not fit are out; the rest are ordered by `modelled`, from what the machine code says:
+For every class of kernel (`configs.class_of`) the largest of its kernels in bench/kernel_cases.py is compiled with some
+thirty tiles, warps and stages. Those that spill or do not fit are out; the rest are ordered by `modelled`, from what
+the machine code says:
 
     DRAM       bytes moved / bandwidth, less where too few bytes are in flight to cover 0.8 us of latency (Little)
     L2         bytes that all tiles load / 3 times the bandwidth of DRAM
@@ -11,17 +12,21 @@ and stages. Those that spill or do not fit are out; the rest are ordered by `mod
     tensor     operations as issued / the peak
 
 The slowest sets the time; a fifth of the others is added, since nothing overlaps wholly. What runs on the chip is
-stretched by the last, half-empty wave. A model, not a measurement: not timed on a GPU.
+stretched by the last, half-empty wave. The first in that order that has nothing wrong (`Line.problems`: spills, no
+tensor core, no 16-byte load, more than 1.05 of the least bytes) with any kernel of its class is taken. `--mend` leaves
+classes alone in which nothing is wrong, and takes the first tile near theirs that is well. A model, not a measurement:
+not timed on a GPU.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import kernel_cases
@@ -32,6 +37,7 @@ from planish.codegen import configs, triton_gemm, triton_rows
 from planish.codegen.aot import Failure, Job, compile_all
 from planish.codegen.chips import TARGETS, Chip, chip
 from planish.codegen.cost import cost, size
+from planish.codegen.gemm_parts import launched
 from planish.codegen.kernel_spec import Kernel
 from planish.codegen.machine import Machine
 from planish.codegen.sheet import Line, job, parameters
@@ -40,13 +46,16 @@ from planish.codegen.triton import emit_kernel
 LATENCY = 0.8e-6  # seconds from a load to its data
 CACHE_SPEED = 3.0  # L2 over DRAM
 OVERLAP = 0.2
-ROWS = {16: (1, 16), 64: (64,), None: (512, 2048)}  # the rows by which an entry is judged
+ROWS = {16: (1, 16), 64: (64,), None: (512, 2048)}  # the rows by which an entry is ordered
+JUDGED = {16: (1, 16), 64: (64,), None: (512,)}  # the rows with which nothing may be wrong
 Launch = dict[str, int]
 # BLOCK_M, BLOCK_N, warps: for up to 16 rows, up to 64, more, more with two products (twice the accumulators)
 FEW = ((16, 64, 4), (16, 128, 4), (16, 128, 8), (16, 64, 2))
 SOME = ((64, 64, 4), (32, 128, 4), (64, 128, 4), (32, 64, 4))
 MANY = ((128, 128, 8), (64, 128, 4), (128, 128, 4), (128, 64, 4), (128, 256, 8), (256, 128, 8), (64, 256, 8))
 TWO = ((64, 128, 8), (64, 64, 4), (128, 64, 8), (64, 128, 4), (128, 64, 4), (128, 128, 8))
+# fewer threads for weights of 2 bits: else each loads less than 16 bytes of a tile
+FEWER = {16: ((16, 128, 2), (16, 64, 1)), 64: ((64, 64, 2), (64, 128, 2)), None: ((64, 128, 2), (128, 64, 2))}
 
 
 def line(kernel: Kernel, machine: Machine, launch: Mapping[str, int], rows: int, of: Chip) -> Line:
@@ -109,7 +118,10 @@ def tiles(kernel: Kernel, limit: int | None, amd: bool) -> Iterator[Launch]:
         yield from row_tiles(kernel, limit)
         return
     several = len(kernel.products) > 1
-    for m, n, warps in FEW if limit == 16 else SOME if limit else TWO if several else MANY:
+    listed = FEW if limit == 16 else SOME if limit else TWO if several else MANY
+    if kernel.tensor(kernel.products[0].weight.codes).packed == 4:
+        listed = (*listed, *FEWER[limit], *(((128, 128, 4),) if several and not limit else ()))
+    for m, n, warps in listed:
         yield {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 128, "num_warps": warps, "num_stages": 2 if amd else 3}
 
 
@@ -131,11 +143,11 @@ def row_tiles(kernel: Kernel, limit: int | None) -> Iterator[Launch]:
 
 def deeper(chosen: Launch, limit: int | None, amd: bool) -> Iterator[Launch]:
     """The same tile with other stages, and half as deep."""
-    for stages in (1, 3) if amd else (2, 5) if limit == 16 else (2, 4):
+    for stages in (1, 3) if amd else (2, 4, 5) if limit == 16 else (2, 4):
         yield chosen | {"num_stages": stages}
     if "BLOCK_K" in chosen:
         yield chosen | {"BLOCK_K": 64}
-        yield chosen | {"BLOCK_K": 256, "num_stages": 2}
+        yield chosen | {"BLOCK_K": 256, "num_stages": 1 if amd else 2}
 
 
 def spread(kernel: Kernel, launch: Launch, limit: int | None) -> Iterator[Launch]:
@@ -143,7 +155,7 @@ def spread(kernel: Kernel, launch: Launch, limit: int | None) -> Iterator[Launch
     if kernel.kind == "prologue":
         yield launch
         return
-    for split, group in itertools.product((1, 2, 4, 8) if limit == 16 else (1,), (1,) if limit == 16 else (8, 16)):
+    for split, group in itertools.product((1, 2, 4, 8) if limit == 16 else (1,), (1,) if limit == 16 else (4, 8, 16)):
         yield launch | {"SPLIT_K": split, "GROUP_M": group}
 
 
@@ -157,11 +169,30 @@ def jobs(kernel: Kernel, target: str, candidates: list[Launch]) -> list[Job]:
     return [job(text, target, configs.fitting(c, body.parameters)) for c in candidates]
 
 
+def wrong(held: Sequence[Kernel], target: str, limit: int | None, entry: Mapping[str, int] | None) -> list[str]:
+    """What is wrong with an entry of the data, or with the data as they are, for any kernel of a class."""
+    of, found = chip(target), []
+    for kernel in held:
+        for rows in JUDGED[limit]:
+            launch = configs.launch(kernel, target, rows) if entry is None else configs.fitted(kernel, target, entry)
+            [wanted] = jobs(kernel, target, [dict(launch)])
+            [made] = compile_all([wanted], 1, limit=120)
+            if isinstance(made, Failure):
+                found.append(f"does not compile: {made.reason[:200]}")
+            else:
+                found += line(kernel, made, parameters(wanted), rows, of).problems
+    return found
+
+
 def search(
-    kernel: Kernel, target: str, limit: int | None, workers: int, quick: bool = False
+    held: Sequence[Kernel], target: str, limit: int | None, workers: int, quick: bool = False
 ) -> tuple[Launch, float] | None:
-    """The launch parameters with the least modelled time, and that time; None where nothing works."""
-    of, amd = chip(target), target.startswith("gfx")
+    """The launch parameters with the least modelled time, and that time; None where nothing works.
+
+    Args:
+        held: the kernels of a class, the largest first.
+    """
+    of, amd, kernel = chip(target), target.startswith("gfx"), held[0]
     split = {"SPLIT_K": 4 if limit == 16 else 1, "GROUP_M": 8}
     tried: dict[str, tuple[Launch, Machine]] = {}
 
@@ -169,44 +200,81 @@ def search(
         wanted = jobs(kernel, target, [c | split for c in candidates])
         for made, machine in zip(wanted, compile_all(wanted, workers, limit=120), strict=True):
             if not isinstance(machine, Failure):
-                held = parameters(made)
-                tried[json.dumps(held, sort_keys=True)] = (held, machine)
+                shown = parameters(made)
+                tried[json.dumps(shown, sort_keys=True)] = (shown, machine)
 
     def ranked() -> list[tuple[float, Launch]]:
         found = []
-        for held, machine in tried.values():
-            for launch in spread(kernel, held, limit):
-                times = [modelled(line(kernel, machine, launch, rows, of)) for rows in ROWS[limit]]
-                found.append((sum(times), launch))
-        return sorted(
-            (f for f in found if f[0] != float("inf")), key=lambda f: (f[0], json.dumps(f[1], sort_keys=True))
-        )
+        for shown, machine in tried.values():
+            for launch in spread(kernel, shown, limit):
+                lines = [line(kernel, machine, launch, rows, of) for rows in ROWS[limit]]
+                time = sum(modelled(each) for each in lines)
+                if time != float("inf") and not any(e.problems for e in lines if e.rows in JUDGED[limit]):
+                    found.append((time, launch | {"resident": lines[0].resident} if limit == 16 else launch))
+        return sorted(found, key=lambda f: (f[0], json.dumps(f[1], sort_keys=True)))
 
     compiled(list(tiles(kernel, limit, amd))[: 3 if quick else None])
     seen: set[tuple[int, ...]] = set()
-    for _, launch in () if quick else ranked():
-        key = tuple(launch.get(k, 0) for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "ROWS", "num_warps"))
-        if key not in seen and len(seen) < 1 and kernel.kind == "gemm":
-            seen.add(key)
-            compiled(list(deeper({k: v for k, v in launch.items() if k not in split}, limit, amd)))
+    for deep in (True, False):
+        if not quick and kernel.kind == "gemm" and (deep or not ranked()):
+            best = ranked()[:1] if deep else [(0.0, launch) for launch, _ in list(tried.values())]
+            for _, launch in best:
+                key = tuple(launch.get(k, 0) for k in ("BLOCK_M", "BLOCK_N", "num_warps"))
+                if key not in seen:
+                    seen.add(key)
+                    compiled(
+                        list(deeper({k: v for k, v in launch.items() if k not in (*split, "resident")}, limit, amd))
+                    )
     for time, launch in ranked()[:12]:
-        [made] = compile_all(jobs(kernel, target, [launch]), 1)
-        if isinstance(made, Machine) and modelled(line(kernel, made, launch, ROWS[limit][0], of)) != float("inf"):
+        if not wrong(held, target, limit, launch):
             return launch, time
     return None
 
 
-def representatives() -> dict[str, Kernel]:
-    """A kernel of each class whatever its groups, the one with the most work; and the plain linears of kernels.py."""
-    found = {configs.class_of(k): k for k in map(kernels.linear, ("w4a16", "w8a8"))}
-    for recipe in kernel_cases.RECIPES:
-        for kernel in kernel_cases.kernels(recipe):
-            name = re.sub(r" g\d+$", "", configs.class_of(kernel))
-            held = found.get(name)
-            if kernel.outputs <= 11264 and (
-                held is None or kernel.columns * kernel.outputs > held.columns * held.outputs
-            ):
-                found[name] = kernel
+def mended(held: Sequence[Kernel], target: str, limit: int | None) -> tuple[Launch, float] | None:
+    """The first entry near the one that is there, then of the usual tiles, with which nothing is wrong."""
+    of, amd, kernel = chip(target), target.startswith("gfx"), held[0]
+    [now] = jobs(kernel, target, [configs.launch(kernel, target, ROWS[limit][0])])
+    split = {"SPLIT_K": 8 if limit == 16 else 1, "GROUP_M": 1 if limit == 16 else 16}
+    near = [parameters(now)]
+    if kernel.kind == "gemm":
+        near = [near[0] | split, near[0] | split | {"num_stages": 1 if amd else 2}]
+    near += [launch | (split if kernel.kind == "gemm" else {}) for launch in tiles(kernel, limit, amd)]
+    if kernel.kind == "gemm":
+        near += [launch | {"BLOCK_K": 64} for launch in near] + [
+            launch | {"num_stages": 1 if amd else 2} for launch in near
+        ]
+    seen = []
+    for launch in near:
+        [wanted] = jobs(kernel, target, [launch])
+        launch = parameters(wanted)
+        if launch in seen:
+            continue
+        seen.append(launch)
+        [made] = compile_all([wanted], 1, limit=120)
+        if isinstance(made, Failure):
+            continue
+        lines = [line(kernel, made, launch, rows, of) for rows in JUDGED[limit]]
+        entry = launch | {"resident": lines[0].resident} if limit == 16 and kernel.kind == "gemm" else launch
+        fit = dict(configs.fitted(kernel, target, entry))
+        lines = [line(kernel, made, fit, rows, of) for rows in JUDGED[limit]]
+        if any(each.problems for each in lines) or wrong(held, target, limit, entry):
+            continue
+        return entry, sum(modelled(each) for each in lines)
+    return None
+
+
+def classes(limit: int | None) -> dict[str, list[Kernel]]:
+    """The kernels of each class that are launched for so many rows, the one with the most work first."""
+    plain = [kernels.linear("w4a16"), kernels.linear("w8a8")]
+    given = {k: None for recipe in kernel_cases.RECIPES for k in kernel_cases.kernels(recipe)}
+    found: dict[str, list[Kernel]] = {}
+    for kernel in dict.fromkeys([*plain, *(part for k in given for part in launched(k, ROWS[limit][0]))]):
+        found.setdefault(configs.class_of(kernel), []).append(kernel)
+    for name, held in found.items():
+        first = [k for k in held if k in plain]  # those of the contest
+        rest = sorted((k for k in held if k not in plain), key=lambda k: (k.outputs > 11264, -k.columns * k.outputs))
+        found[name] = first + rest
     return found
 
 
@@ -217,36 +285,34 @@ def main() -> int:
         classes={"nargs": "+", "default": [], "metavar": "WORDS", "help": "only classes that begin so"},
         limits={"nargs": "+", "default": ["16", "64", "None"], "metavar": "ROWS"},
         workers={"type": int, "default": 1},
+        mend={"action": "store_true", "help": "only classes in which something is wrong"},
         dry={"action": "store_true", "help": "print, do not write"},
     )
-    limits = [limit for limit in ROWS if str(limit) in options.limits]
-    found = representatives()
-    for name in sorted(found):
-        if not options.classes or any(name.startswith(c) for c in options.classes):
-            run(name, found[name], options.targets, limits, options.workers, options.dry, options.quick)
+    for limit in sorted((each for each in ROWS if str(each) in options.limits), key=lambda each: each == 64):
+        held = classes(limit)
+        for name, target in itertools.product(sorted(held), options.targets):
+            if not options.classes or any(name.startswith(c) for c in options.classes):
+                run(name, held[name], target, limit, options)
     return 0
 
 
-def run(
-    name: str,
-    kernel: Kernel,
-    targets: Sequence[str],
-    limits: Sequence[int | None],
-    workers: int = 1,
-    dry: bool = False,
-    quick: bool = False,
-) -> None:
+def run(name: str, held: Sequence[Kernel], target: str, limit: int | None, options: Any) -> None:
     """Search for one class and write what is found."""
-    for target, limit in itertools.product(targets, limits):
-        found = search(kernel, target, limit, workers, quick)
-        if found is None:
-            note(f"{name} {target} {limit}: nothing fits without spills")
-            continue
-        note(f"{name} {target} {limit}: {found[0]} modelled {found[1] * 1e6:.1f} us (not timed)")
-        if not dry:
-            body = (triton_gemm if kernel.kind == "gemm" else triton_rows).body(kernel, "f16")
-            usual = {p.name: p.default for p in body.parameters if p.name == "BLOCK_K"}  # differs within a class
-            write(target, name, limit, {k: v for k, v in found[0].items() if usual.get(k) != v})
+    if options.mend:
+        problems = wrong(held, target, limit, None)
+        if not problems:
+            return
+        note(f"{name} {target} {limit}: {', '.join(dict.fromkeys(problems))}")
+    find = mended if options.mend else functools.partial(search, workers=options.workers, quick=options.quick)
+    found = find(held, target, limit)
+    if found is None:
+        note(f"{name} {target} {limit}: NOTHING has nothing wrong")
+        return
+    note(f"{name} {target} {limit}: {found[0]} modelled {found[1] * 1e6:.1f} us (not timed)")
+    if not options.dry:
+        body = (triton_gemm if held[0].kind == "gemm" else triton_rows).body(held[0], "f16")
+        usual = {p.name: p.default for p in body.parameters if p.name == "BLOCK_K"}  # differs within a class
+        write(target, name, limit, {k: v for k, v in found[0].items() if usual.get(k) != v})
 
 
 def write(target: str, name: str, limit: int | None, launch: Launch) -> None:
@@ -258,6 +324,7 @@ def write(target: str, name: str, limit: int | None, launch: Launch) -> None:
         rows = [f'  "{c}": ' + json.dumps(data[t][c], sort_keys=True) for c in sorted(data.get(t, {}))]
         lines.append(f' "{t}": {{\n' + ",\n".join(rows) + "\n }")
     configs.FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    configs.reread()
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def test_emit_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     monkeypatch.setenv("PLANISH_CACHE", str(tmp_path / "cache"))
     example("emit_kernels.py", tmp_path / "kernels")
     lines = capsys.readouterr().out.splitlines()
-    assert sum(line.endswith(".py: equal to the reference, in the interpreter") for line in lines) == 3
+    assert sum(line.endswith(".py: equal to the reference, in the interpreter") for line in lines) == 5
     assert lines[-1].endswith("relative error below 1e-2: True")
 
 
@@ -337,6 +337,24 @@ def test_svdquant_with_lora(capsys: pytest.CaptureFixture[str]) -> None:
     assert svdquant < alone / 3, printed
     without, with_it = (float(e) for e in re.findall(r"quantised, with(?:out)? it: +(\S+)$", printed, re.M))
     assert with_it < without / 2, printed
+
+
+def test_torch_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    example("torch_compile.py")
+    printed = capsys.readouterr().out
+    plain, calibrated, changed, small = (float(e) for e in re.findall(r": +relative error (\S+)$", printed, re.M))
+    assert calibrated < plain / 3, printed  # what the statistics are for
+    assert changed < 1.5 * calibrated, printed  # stale codes would be off by twice the output of that linear
+    assert plain < small < 0.3, printed
+
+
+@pytest.mark.slow
+def test_generate_text(capsys: pytest.CaptureFixture[str]) -> None:
+    example("generate_text.py", "--tokens", 24)
+    printed = capsys.readouterr().out
+    found = re.findall(r"^(float|planish w4a16), (\S+) tokens per second:\n  (.+)$", printed, re.M)
+    assert [name for name, _, _ in found] == ["float", "planish w4a16"], printed
+    assert all(float(speed) > 0 and len(text.split()) > 8 for _, speed, text in found), printed
 
 
 def test_onnx_to_onnx_on_a_model_of_ones_own(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -326,6 +326,10 @@ def test_parts_of_k_run_at_once_and_have_steps(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(configs, "_data", lambda: {"sm_90": {"gemm": {"16": entry}}})
     for n, k, split in ((1024, 4096, 8), (4096, 4096, 4), (11008, 4096, 2), (32000, 4096, 1), (1024, 512, 2)):
         assert configs.launch(gemm(k, n), "sm_90", 1)["SPLIT_K"] == split
+    entry["resident"] = 1  # large blocks: fewer at once
+    for n, split in ((1024, 8), (4096, 2), (11008, 1)):
+        found = configs.launch(gemm(4096, n), "sm_90", 1)
+        assert found["SPLIT_K"] == split and "resident" not in found
 
 
 def test_every_target_has_launch_parameters_for_every_number_of_rows() -> None:

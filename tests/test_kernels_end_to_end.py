@@ -119,7 +119,8 @@ def compared(plan: Plan, inputs: dict[str, Any], dtype: str, bound: float) -> tu
     made = [v for r in plan.kernels for v in r.outputs]
     runner = Runner(plan, dtype, DEVICE)
     found = runner.run(inputs, keep=[v.name for v in made])
-    assert runner.launched == len(plan.kernels)
+    closing = sum(bool(r.kernel.closing) for r in plan.kernels if r.kernel is not None)
+    assert runner.launched - len(plan.kernels) in (0, closing)  # twice the launches on many rows: gemm_parts
     environment = bind_inputs(plan.graph, inputs, wide)
     count = differing = 0
     for region in plan.regions:
@@ -180,7 +181,7 @@ def test_models_equal_their_graphs(model: str, recipe: str, dtype: str) -> None:
 
 @pytest.mark.slow
 def test_the_real_encoder_equals_its_graph() -> None:
-    """MiniLM, six layers, W8A8: 54 launches."""
+    """MiniLM, six layers, W8A8: 54 kernels."""
     plan = select(kernel_models.quantised(kernel_models.real_encoder(), "w8a8", [], 128))
     count, differing, error = compared(plan, kernel_models.real_inputs(0), "f32", BOUND)
     assert len(plan.kernels) == 54 and count > 54 * 24 * 384 // 4

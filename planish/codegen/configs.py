@@ -8,7 +8,8 @@ measures instead (docs/kernels.md).
 
 A class says what decides the machine code: operands, decoder, number of products, branches, closing steps, tiles that
 the epilogue reads; of a prologue its steps and the power of two that holds a row. Sizes are left out. What the data do
-not say of a class they say of the longest leading part of its words that is there.
+not say of a class they say of the longest leading part of its words that is there. "resident" is no launch parameter:
+how many blocks of it a multiprocessor holds, which bounds SPLIT_K.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from planish.codegen.triton_body import Parameter
 
 FILE = Path(__file__).with_name("configs.json")
 LIMITS = (16, 64, None)  # the rows up to which an entry holds; None: any number
-FULL = 3  # blocks of a decoding gemm that a multiprocessor certainly holds
+FULL = 3  # blocks of a decoding gemm that a multiprocessor holds, where the data do not say
 LEAST_K = 128  # columns that a part of K has at least two times
 Entry = Mapping[str, int]
 
@@ -59,16 +60,22 @@ def launches(kernel: Kernel, target: str) -> tuple[tuple[int | None, Entry], ...
     entries: dict[str, Entry] = {}
     for count in range(1, len(words) + 1):
         entries |= known.get(" ".join(words[:count]), {})
-    return tuple((limit, _split(kernel, target, entries[str(limit)])) for limit in LIMITS if str(limit) in entries)
+    return tuple((limit, fitted(kernel, target, entries[str(limit)])) for limit in LIMITS if str(limit) in entries)
 
 
-def _split(kernel: Kernel, target: str, entry: Entry) -> Entry:
-    """An entry whose SPLIT_K is no more than keeps all blocks of a launch on the chip at once, and than K has steps."""
-    split = entry.get("SPLIT_K", 1)
-    tiles = -(-kernel.outputs // entry.get("BLOCK_N", 64))
-    while split > 1 and (tiles * split > FULL * CHIPS[target].units or kernel.columns < 2 * split * LEAST_K):
+def fitted(kernel: Kernel, target: str, entry: Entry) -> Entry:
+    """The launch parameters of an entry for one of its kernels.
+
+    SPLIT_K is no more than keeps all blocks of a launch on the chip at once (else partial sums leave the cache before
+    they are added), and than K has steps.
+    """
+    found = {name: value for name, value in entry.items() if name != "resident"}
+    split = found.get("SPLIT_K", 1)
+    tiles = -(-kernel.outputs // found.get("BLOCK_N", 64))
+    at_once = entry.get("resident", FULL) * CHIPS[target].units
+    while split > 1 and (tiles * split > at_once or kernel.columns < 2 * split * LEAST_K):
         split //= 2
-    return {**entry, "SPLIT_K": split} if "SPLIT_K" in entry else entry
+    return {**found, "SPLIT_K": split} if "SPLIT_K" in found else found
 
 
 def launch(kernel: Kernel, target: str, rows: int) -> dict[str, int]:
@@ -86,6 +93,11 @@ def fitting(launch: Mapping[str, int], parameters: Sequence[Parameter]) -> dict[
         if not eval(p.check, {"__builtins__": {}}, dict(values)):  # an expression on parameters, written by a `Body`
             values[p.name] = p.default
     return {**values, **{k: launch[k] for k in ("num_warps", "num_stages") if k in launch}}
+
+
+def reread() -> None:
+    """Read the data anew: a search wrote them."""
+    _data.cache_clear()
 
 
 @cache

@@ -39,7 +39,7 @@ class Tensor:
         name: its parameter in the kernel is called `name`_ptr.
         dtype: an IR dtype as it lies in memory (i8 u8 i32 f32 ...), or "float": the kernel's own float dtype.
         shape: row-major; "M" counts the rows of the activation, all leading axes flattened.
-        role: "input" (computed), "weight" (bound once), "output", or "scratch" (zeroed by the launcher).
+        role: "input" (computed), "weight" (bound once), "output", or "scratch" (written and read again).
         packed: codes per element (2: two 4-bit codes a byte), in the order of docs/kernels.md.
     """
 

@@ -83,6 +83,7 @@ class Machine:
         columns: of tensor memory that a block takes (sm_100).
         wide, narrow: loads from global memory, asynchronous copies among them, by what one thread moves: 16 bytes or
             more (and bulk copies), or less.
+        loop_wide: the wide ones of the main loop.
         loop_flops: operations (2 a multiplication with its sum) of the tensor cores in one turn of the main loop, for
             the whole block.
         instructions: of the whole kernel.
@@ -102,6 +103,7 @@ class Machine:
     columns: int = 0
     wide: int = 0
     narrow: int = 0
+    loop_wide: int = 0
 
     @property
     def loop_length(self) -> int:
@@ -259,12 +261,15 @@ def _machine(
 ) -> Machine:  # fmt: skip
     counts = count(body, amd)
     tensor = Counter(i.opcode for i in body if classify(i, amd) == "tensor")
-    loads = [i for i in body if classify(i, amd) in ("load", "load_16", "async_copy", "bulk_copy")]
+    kinds = ("load", "load_16", "async_copy", "bulk_copy")
+    loads = [i for i in body if classify(i, amd) in kinds]
     wide = sum(_is_wide(i, amd) for i in loads)
+    loop_wide = sum(_is_wide(i, amd) for i in loop if classify(i, amd) in kinds)
     return Machine(
         target=target, registers=registers, spills=counts.get("spill", 0), stack=stack, shared=shared, warps=warps,
         instructions=sum(counts.values()), counts=counts, loop=count(loop, amd), tensor=dict(sorted(tensor.items())),
         loop_flops=sum(operations(i, warps, shapes) for i in loop), wide=wide, narrow=len(loads) - wide,
+        loop_wide=loop_wide,
     )  # fmt: skip
 
 

@@ -325,7 +325,7 @@ def _static(node: Node, size: int, unsigned: bool, half: int) -> Quantised | str
 def refuses_elementwise(node: Node) -> str | None:
     """Why a node is no elementwise step on rows; None: it is one."""
     if node.op.name in UNARY:
-        return None if width(node.result) is not None else "no float rows"
+        return None if width(node.result) is not None and width(node.operand(0)) is not None else "no float rows"
     if node.op.name == "pow":
         exponent = node.operand(1)
         if exponent is None or exponent.constant is None or exponent.constant.size != 1 or width(node.result) is None:

@@ -22,6 +22,7 @@ from planish.codegen.chips import Chip, chip
 from planish.codegen.configs import fitting
 from planish.codegen.configs import launch as known_launch
 from planish.codegen.cost import Cost, cost
+from planish.codegen.gemm_parts import launched
 from planish.codegen.kernel_spec import Kernel
 from planish.codegen.machine import Machine
 
@@ -187,6 +188,8 @@ def sheet(
 ) -> list[Line]:
     """The sheet of a plan's kernels, or of some kernels, each once, in their order.
 
+    A gemm with closing steps is the one or two kernels that are launched for the rows (`gemm_parts`).
+
     Args:
         target: "sm_80", "sm_89", "sm_90", "sm_100", "sm_120" or "gfx942".
         rows: M, the rows of the activation; each gets the launch parameters that the configurations have for it.
@@ -202,8 +205,9 @@ def sheet(
 
     of = chip(target)
     given = [r.kernel for r in kernels.kernels] if hasattr(kernels, "kernels") else list(kernels)
-    counted = Counter(k for k in given if k is not None)
-    wanted = [(k, m) for k in counted for m in rows]
+    of_rows = {m: Counter(part for k in given if k is not None for part in launched(k, m)) for m in rows}
+    kernels_ = dict.fromkeys(part for k in given if k is not None for m in rows for part in launched(k, m))
+    wanted = [(k, m) for k in kernels_ for m in rows if k in of_rows[m]]
     jobs = []
     for kernel, m in wanted:
         chosen = launches[m] if launches is not None else known_launch(kernel, target, m)
@@ -211,7 +215,7 @@ def sheet(
         jobs.append(job(emit_kernel(kernel, dtype).text, target, fitting(chosen, body.parameters)))
     made = compile_all(jobs, workers)
     return [
-        _line(kernel, counted[kernel], of, m, parameters(j), answer, dtype)
+        _line(kernel, of_rows[m][kernel], of, m, parameters(j), answer, dtype)
         for (kernel, m), j, answer in zip(wanted, jobs, made, strict=True)
     ]
 

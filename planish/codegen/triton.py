@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from planish.codegen import configs, triton_gemm, triton_rows
+from planish.codegen.gemm_parts import MOST_ROWS, parts
 from planish.codegen.kernel_spec import Kernel
 from planish.codegen.triton_file import Emitted, Launches, render
 from planish.ir.errors import PlanishError
@@ -73,6 +74,8 @@ def emit_kernel(kernel: Kernel, dtype: str = "f16") -> Emitted:
 def emit_plan(plan: Plan, folder: str | Path, dtype: str = "f16") -> list[Emitted]:
     """Write the files of a plan's kernels to a folder, and `plan.txt`: each region with its file.
 
+    A gemm with closing steps has two more: its parts, which are launched on more rows (`gemm_parts`).
+
     Args:
         plan: the regions.
         folder: made where it is missing; files of other kernels in it stay. On an error it is left as it was.
@@ -84,15 +87,19 @@ def emit_plan(plan: Plan, folder: str | Path, dtype: str = "f16") -> list[Emitte
     Raises:
         PlanishError: the folder cannot be written, or as `emit_kernel`.
     """
-    names = {region.name: emit_kernel(region.kernel, dtype) for region in plan.kernels if region.kernel is not None}
-    files = list({emitted.name: emitted for emitted in names.values()}.values())
+    of: dict[str, list[Emitted]] = {}
+    for region in plan.kernels:
+        if region.kernel is not None:
+            kernels = (region.kernel, *(parts(region.kernel) if region.kernel.closing else ()))
+            of[region.name] = [emit_kernel(kernel, dtype) for kernel in kernels]
+    files = list({emitted.name: emitted for made in of.values() for emitted in made}.values())
     target = Path(folder)
     old = target.exists()
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PlanishError(f"{target}: cannot be made: {error.strerror or error}") from error
-    lines = [f"{r.name}: {names[r.name].name}.py" if r.name in names else f"{r.name}: torch" for r in plan.regions]
+    lines = [f"{region.name}: {_files(of.get(region.name, []))}" for region in plan.regions]
     texts = {f"{emitted.name}.py": emitted.text for emitted in files} | {"plan.txt": "\n".join(lines) + "\n"}
     try:
         with atomic_group([target / name for name in texts]) as handles:
@@ -103,6 +110,14 @@ def emit_plan(plan: Plan, folder: str | Path, dtype: str = "f16") -> list[Emitte
             target.rmdir()
         raise
     return files
+
+
+def _files(made: Sequence[Emitted]) -> str:
+    """What `plan.txt` says of a region."""
+    if not made:
+        return "torch"
+    more = " and ".join(f"{emitted.name}.py" for emitted in made[1:])
+    return f"{made[0].name}.py" + (f"; on more than {MOST_ROWS} rows {more}" if more else "")
 
 
 def _write(path: Path, text: str) -> None:

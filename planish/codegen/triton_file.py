@@ -301,9 +301,7 @@ def _launcher(kernel: Kernel, body: Body, dtype: str) -> str:
     for tensor in given(kernel):
         shape, kind = _tuple([str(d) for d in tensor.shape]), TORCH[dtype_of(tensor, dtype)]
         lines.append(f'    _check("{tensor.name}", {tensor.name}, torch.{kind}, {shape}, device)')
-    lines += [_made(t, dtype, first, "new_empty") for t in results(kernel)]
-    scratch = [t for t in kernel.tensors if t.role == "scratch"]
-    lines += [_made(t, dtype, first, "new_zeros") for t in scratch]
+    lines += [_made(t, dtype, first, "new_empty") for t in kernel.tensors if t.role in ("output", "scratch")]
     for buffer in body.buffers:
         made = "zeros" if buffer.zeroed else "empty"
         lines.append(f"    {buffer.name} = {first}.new_{made}(({buffer.size},), dtype=torch.{buffer.dtype})")

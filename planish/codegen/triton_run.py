@@ -10,11 +10,14 @@ Between regions values are held as the evaluator holds them, floats in the kerne
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
 
 from planish.codegen import triton
+from planish.codegen.gemm_parts import launched
+from planish.codegen.kernel_spec import Kernel
 from planish.codegen.regions import Plan, Region
 from planish.ir.errors import PlanishError
 from planish.ir.evaluator import bind_inputs, evaluate_nodes
@@ -57,11 +60,10 @@ class Runner:
         self.dtype = dtype
         self.device = torch.device(device)
         self.launched = 0
-        self._modules = {
-            region.name: triton.load(triton.emit_kernel(region.kernel, dtype))
-            for region in plan.kernels
-            if region.kernel is not None
-        }
+        self._modules: dict[Kernel, ModuleType] = {}
+        for region in plan.kernels:
+            if region.kernel is not None:
+                self._module(region.kernel)
         self._weights = {
             region.name: {name: held.to(self.device) for name, held in region.bind(dtype).items()}
             for region in plan.kernels
@@ -89,7 +91,7 @@ class Runner:
 
     def _kernel(self, region: Region, environment: Mapping[Value, Any], wide: Wide) -> dict[Value, Any]:
         """The results of a kernel region, in the shapes of the graph."""
-        kernel, module = region.kernel, self._modules[region.name]
+        kernel = region.kernel
         assert kernel is not None
         float_ = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}[self.dtype]
         arguments = dict(self._weights[region.name])
@@ -101,12 +103,11 @@ class Runner:
                 assert bound.value is not None
                 held = environment[bound.value]
                 arguments[tensor.name] = bound.enter(held, float_).to(self.device)
-        made = module.op(**arguments)
-        self.launched += 1
+        for part in launched(kernel, _rows(kernel, arguments)):
+            self._launch(part, arguments)
         found: dict[Value, Any] = {}
-        outputs = [t for t in kernel.tensors if t.role == "output"]
-        for tensor, held in zip(outputs, made if isinstance(made, tuple) else (made,), strict=True):
-            bound = region.bound[tensor.name]
+        for tensor in (t for t in kernel.tensors if t.role == "output"):
+            held, bound = arguments[tensor.name], region.bound[tensor.name]
             value = bound.value
             assert value is not None
             found[value] = bound.leave(held, (*leads[value], *_columns(value)), _held(value, wide))
@@ -117,6 +118,27 @@ class Runner:
             held = found[shown] if shown in found else environment[shown]
             found[value] = held.reshape(*leads[value], *_columns(value))
         return found
+
+    def _module(self, kernel: Kernel) -> ModuleType:
+        """The imported file of a kernel."""
+        if kernel not in self._modules:
+            self._modules[kernel] = triton.load(triton.emit_kernel(kernel, self.dtype))
+        return self._modules[kernel]
+
+    def _launch(self, kernel: Kernel, held: dict[str, torch.Tensor]) -> None:
+        """Run a kernel on the tensors of its border, and put its results beside them."""
+        made = self._module(kernel).op(
+            **{t.name: held[t.name] for t in kernel.tensors if t.role in ("input", "weight")}
+        )
+        names = [t.name for t in kernel.tensors if t.role == "output"]
+        held |= dict(zip(names, made if isinstance(made, tuple) else (made,), strict=True))
+        self.launched += 1
+
+
+def _rows(kernel: Kernel, held: Mapping[str, torch.Tensor]) -> int:
+    """M: the rows of a kernel's inputs."""
+    sizes = (held[t.name].shape[t.shape.index("M")] for t in kernel.tensors if t.role == "input" and "M" in t.shape)
+    return next(sizes, 1)
 
 
 def _held(value: Value, wide: Wide) -> torch.dtype:

@@ -32,7 +32,9 @@ class Row:
         eager: the expression in plain torch.
         flops: operations for each element that it reads; a factor for what is counted by the writer.
         keeps_zero: True if its result is 0 wherever its (first) operand is: padding stays 0.
-        variants: (option, its value) -> the expressions (text, eager) that hold for it.
+        variants: (option, its value) -> the expressions (text, eager, cpp) that hold for it.
+        cpp: the expression in C++, on one float32; "" for a program. Functions of namespace `row` are those of
+            planish/kernels/cpp/functions.h.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Row:
     flops: float = 1.0
     keeps_zero: bool = False
     variants: Mapping[tuple[str, Option], Row] | None = None
+    cpp: str = ""
 
     def chosen(self, options: Mapping[str, Option]) -> Row:
         """The row itself, or the variant that the options ask for."""
@@ -59,19 +62,21 @@ class Row:
 
 
 def _binary(name: str, sign: str, keeps_zero: bool = False) -> Row:
-    return Row(name, text=f"{{0}} {sign} {{1}}", eager=f"{{0}} {sign} {{1}}", keeps_zero=keeps_zero)
+    text = f"{{0}} {sign} {{1}}"
+    return Row(name, text=text, eager=text, keeps_zero=keeps_zero, cpp=text)
 
 
 def _call(name: str, function: str, flops: float, *, keeps_zero: bool = False, options: str = "") -> Row:
     """A row whose device function is `function` and whose reference is `function`_reference, in activations.py."""
     arguments = "{0}" + "".join(f", {{{option}}}" for option in options.split())
-    return Row(name, "activations", (function,), (f"{function}_reference",), f"{function}({arguments})",
-               f"{function}_reference({arguments})", flops, keeps_zero)  # fmt: skip
+    text, eager = f"{function}({arguments})", f"{function}_reference({arguments})"
+    reference = (f"{function}_reference",)
+    return Row(name, "activations", (function,), reference, text, eager, flops, keeps_zero, cpp=f"row::{text}")
 
 
 _TANH_GELU = _call("gelu", "gelu_tanh", 14, keeps_zero=True)
 _GELU = Row("gelu", "activations", ("gelu",), ("gelu_reference",), "gelu({0})", "gelu_reference({0})", 14, True,
-            variants={("approximate", "tanh"): _TANH_GELU})  # fmt: skip
+            variants={("approximate", "tanh"): _TANH_GELU}, cpp="row::gelu({0})")  # fmt: skip
 
 ROWS: dict[str, Row] = {
     row.name: row
@@ -81,22 +86,30 @@ ROWS: dict[str, Row] = {
         _binary("sub", "-"),
         _binary("mul", "*", keeps_zero=True),
         _binary("div", "/"),
-        Row("max", text="tl.maximum({0}, {1})", eager="torch.maximum({0}, {1})"),
-        Row("min", text="tl.minimum({0}, {1})", eager="torch.minimum({0}, {1})"),
+        Row("max", text="tl.maximum({0}, {1})", eager="torch.maximum({0}, {1})", cpp="row::maximum({0}, {1})"),
+        Row("min", text="tl.minimum({0}, {1})", eager="torch.minimum({0}, {1})", cpp="row::minimum({0}, {1})"),
         # elementwise, one operand
-        Row("neg", text="-{0}", eager="-{0}", keeps_zero=True),
-        Row("abs", text="tl.abs({0})", eager="{0}.abs()", keeps_zero=True),
-        Row("relu", text="tl.maximum({0}, 0.0)", eager="{0}.clamp(min=0.0)", keeps_zero=True),
-        Row("exp", text="tl.exp({0})", eager="torch.exp({0})", flops=4),
-        Row("log", text="tl.log({0})", eager="torch.log({0})", flops=4),
-        Row("sqrt", text="tl.sqrt({0})", eager="torch.sqrt({0})", flops=4, keeps_zero=True),
-        Row("rsqrt", text="tl.rsqrt({0})", eager="torch.rsqrt({0})", flops=4),
-        Row("reciprocal", text="1.0 / {0}", eager="1.0 / {0}"),
-        Row("sin", text="tl.sin({0})", eager="torch.sin({0})", flops=8, keeps_zero=True),
-        Row("cos", text="tl.cos({0})", eager="torch.cos({0})", flops=8),
-        Row("floor", text="tl.floor({0})", eager="torch.floor({0})", keeps_zero=True),
-        Row("ceil", text="tl.ceil({0})", eager="torch.ceil({0})", keeps_zero=True),
-        Row("erf", text="tl.erf({0})", eager="torch.erf({0})", flops=10, keeps_zero=True),
+        # between floats: rows are float32 inside of a kernel and take the kernel's dtype where they are stored
+        Row("cast", text="{0}", eager="{0}", flops=0, keeps_zero=True, cpp="{0}"),
+        Row("neg", text="-{0}", eager="-{0}", keeps_zero=True, cpp="-{0}"),
+        Row("abs", text="tl.abs({0})", eager="{0}.abs()", keeps_zero=True, cpp="row::absolute({0})"),
+        Row(
+            "relu",
+            text="tl.maximum({0}, 0.0)",
+            eager="{0}.clamp(min=0.0)",
+            keeps_zero=True,
+            cpp="row::maximum({0}, 0.0f)",
+        ),
+        Row("exp", text="tl.exp({0})", eager="torch.exp({0})", flops=4, cpp="row::exp({0})"),
+        Row("log", text="tl.log({0})", eager="torch.log({0})", flops=4, cpp="row::log({0})"),
+        Row("sqrt", text="tl.sqrt({0})", eager="torch.sqrt({0})", flops=4, keeps_zero=True, cpp="__builtin_sqrtf({0})"),
+        Row("rsqrt", text="tl.rsqrt({0})", eager="torch.rsqrt({0})", flops=4, cpp="row::reciprocal_root({0})"),
+        Row("reciprocal", text="1.0 / {0}", eager="1.0 / {0}", cpp="1.0f / {0}"),
+        Row("sin", text="tl.sin({0})", eager="torch.sin({0})", flops=8, keeps_zero=True, cpp="__builtin_sinf({0})"),
+        Row("cos", text="tl.cos({0})", eager="torch.cos({0})", flops=8, cpp="__builtin_cosf({0})"),
+        Row("floor", text="tl.floor({0})", eager="torch.floor({0})", keeps_zero=True, cpp="__builtin_floorf({0})"),
+        Row("ceil", text="tl.ceil({0})", eager="torch.ceil({0})", keeps_zero=True, cpp="__builtin_ceilf({0})"),
+        Row("erf", text="tl.erf({0})", eager="torch.erf({0})", flops=10, keeps_zero=True, cpp="row::erf({0})"),
         _call("sigmoid", "sigmoid", 4),
         _call("silu", "silu", 5, keeps_zero=True),
         _GELU,

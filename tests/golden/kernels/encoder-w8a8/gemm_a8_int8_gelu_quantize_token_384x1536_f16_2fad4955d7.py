@@ -1,34 +1,23 @@
-"""gemm_a8_int8_x2_r5_silu_mul_mul_quantize_token_gather_256x704_f16_5a47fa3a5e
+"""gemm_a8_int8_gelu_quantize_token_384x1536_f16_2fad4955d7
 
-gemm on tiles of [M, 256] -> [M, 704], written by planish
+gemm on tiles of [M, 384] -> [M, 1536], written by planish
 
-    input   %a: i8[M, 256]
+    input   %a: i8[M, 384]
     input   %a_scale: f32[M]
-    input   %left: f16[M, 5]
-    weight  %weight: i8[704, 256]
-    weight  %weight_scale: f32[704]
-    weight  %up: f16[704, 5]
-    weight  %weight1: i8[704, 256]
-    weight  %weight1_scale: f32[704]
-    weight  %up1: f16[704, 5]
-    weight  %by: f32[704]
-    weight  %index: i32[83]
-    output  %codes: i8[M, 704]
+    weight  %weight: i8[1536, 384]
+    weight  %weight_scale: f32[1536]
+    weight  %bias: f32[1536]
+    output  %codes: i8[M, 1536]
     output  %scale: f32[M]
-    output  %left1: f16[M, 83]
-    scratch %whole: f16[M, 704]
-    %acc = linear(%a, %a_scale {token}, int8(%weight, %weight_scale) + %left @ %up^T)
-    %acc1 = linear(%a, %a_scale {token}, int8(%weight1, %weight1_scale) + %left @ %up1^T)
-    %v = silu(%acc)
-    %whole = mul(%v, %acc1)
+    scratch %whole: f16[M, 1536]
+    %acc = linear(%a, %a_scale {token}, int8(%weight, %weight_scale) + %bias)
+    %whole = gelu(%acc) {approximate = "none"}
     on whole rows, by the last tile of a block of rows:
-    %v1 = mul(%whole, %by)
-    %codes, %scale = quantize_token(%v1) {bits = 8, signed = true, mode = "symmetric", levels = 127.0, low = -128,
+    %codes, %scale = quantize_token(%whole) {bits = 8, signed = true, mode = "symmetric", levels = 127.0, low = -128,
         high = 127}
-    %left1 = gather(%whole, %index) {columns = 83}
 
-Bytes, each input and weight read once, each output written once: 1144 M + 383308.
-Operations: 14080 M f16, 11264 M f32, 720896 M int8.
+Bytes, each input and weight read once, each output written once: 1928 M + 602112.
+Operations: 33792 M f32, 1179648 M int8.
 Not timed on a GPU.
 
     TRITON_INTERPRET=1 python FILE    compares the kernel with its eager reference, in the interpreter
@@ -45,7 +34,7 @@ import torch
 import triton
 import triton.language as tl
 
-N = tl.constexpr(704)
+N = tl.constexpr(1536)
 
 
 @triton.jit
@@ -66,38 +55,9 @@ def arrived(counter):
 
 
 @triton.jit
-def low_rank_up(sums, left, right, m, n, RANK: tl.constexpr, CHUNK: tl.constexpr):
-    """sums, float32, plus the branch.
-
-    Args:
-        left, right: pointers to the first row of the tile, rows of RANK numbers.
-        m, n: rows of the tile.
-        CHUNK: columns of the rank at a time, a power of two of at least 16.
-    """
-    r = tl.arange(0, CHUNK)
-    for start in tl.static_range(0, RANK, CHUNK):
-        if RANK % CHUNK == 0:
-            narrow = tl.load(left + m[:, None] * RANK + (start + r)[None, :])
-            wide = tl.load(right + n[:, None] * RANK + (start + r)[None, :])
-        else:
-            there = (start + r < RANK)[None, :]
-            narrow = tl.load(left + m[:, None] * RANK + (start + r)[None, :], mask=there, other=0.0)
-            wide = tl.load(right + n[:, None] * RANK + (start + r)[None, :], mask=there, other=0.0)
-        sums = tl.dot(wide, tl.trans(narrow), sums, input_precision="ieee")
-    return sums
-
-
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + exp(-x)), without overflow on either side."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
-
-
-@triton.jit
-def silu(x):
-    """x sigmoid(x)."""
-    return x * sigmoid(x)
+def gelu(x):
+    """x Phi(x), Phi the normal distribution function."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit
@@ -128,18 +88,11 @@ def token_codes(x, scale, LOW: tl.constexpr, HIGH: tl.constexpr):
 def kernel(
     a_ptr,
     a_scale_ptr,
-    left_ptr,
     weight_ptr,
     weight_scale_ptr,
-    up_ptr,
-    weight1_ptr,
-    weight1_scale_ptr,
-    up1_ptr,
-    by_ptr,
-    index_ptr,
+    bias_ptr,
     codes_ptr,
     scale_ptr,
-    left1_ptr,
     whole_ptr,
     parts_ptr,
     arrivals_ptr,
@@ -157,99 +110,64 @@ def kernel(
     across = tile_n * BLOCK_N
     m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)
     n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)
-    steps: tl.constexpr = (256 // BLOCK_K + SPLIT_K - 1) // SPLIT_K
+    steps: tl.constexpr = (384 // BLOCK_K + SPLIT_K - 1) // SPLIT_K
     begin = tl.program_id(1) * steps if SPLIT_K > 1 else 0
-    end = tl.minimum(begin + steps, 256 // BLOCK_K) if SPLIT_K > 1 else steps
+    end = tl.minimum(begin + steps, 384 // BLOCK_K) if SPLIT_K > 1 else steps
     k = tl.arange(0, BLOCK_K)
-    a_at = a_ptr + first.to(tl.int64) * 256 + m[:, None] * 256
+    a_at = a_ptr + first.to(tl.int64) * 384 + m[:, None] * 384
     a_at += begin * BLOCK_K
-    weight_at = weight_ptr + across.to(tl.int64) * 256 + n[:, None] * 256
+    weight_at = weight_ptr + across.to(tl.int64) * 384 + n[:, None] * 384
     weight_at += begin * BLOCK_K
     weight_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    weight1_at = weight1_ptr + across.to(tl.int64) * 256 + n[:, None] * 256
-    weight1_at += begin * BLOCK_K
-    weight1_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
     for step in range(begin, end):
         weight_0 = tl.load(weight_at + k[None, :])
-        weight1_0 = tl.load(weight1_at + k[None, :])
         a_0 = tl.load(a_at + k[None, :])
         weight_sum = tl.dot(weight_0, tl.trans(a_0), weight_sum, out_dtype=tl.int32)
-        weight1_sum = tl.dot(weight1_0, tl.trans(a_0), weight1_sum, out_dtype=tl.int32)
         a_at += BLOCK_K
         weight_at += BLOCK_K
-        weight1_at += BLOCK_K
     if SPLIT_K > 1:
         slot = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         own = parts_ptr + tl.program_id(0).to(tl.int64) * (BLOCK_N * BLOCK_M) + slot
         apart = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
-        tl.store(own + (tl.program_id(1) * 2 + 0) * apart, weight_sum)
-        tl.store(own + (tl.program_id(1) * 2 + 1) * apart, weight1_sum)
+        tl.store(own + tl.program_id(1) * apart, weight_sum)
         if arrived(arrivals_ptr + tl.program_id(0)) < SPLIT_K - 1:
             return
         weight_sum = tl.load(own, cache_modifier=".cg")
         for part in range(1, SPLIT_K):
-            weight_sum += tl.load(own + (part * 2 + 0) * apart, cache_modifier=".cg")
-        weight1_sum = tl.load(own + apart, cache_modifier=".cg")
-        for part in range(1, SPLIT_K):
-            weight1_sum += tl.load(own + (part * 2 + 1) * apart, cache_modifier=".cg")
+            weight_sum += tl.load(own + part * apart, cache_modifier=".cg")
     acc = weight_sum.to(tl.float32)
     weight_scale = tl.load(weight_scale_ptr + across + n).to(tl.float32)
     acc = acc * weight_scale[:, None]
     acc = acc * tl.load(a_scale_ptr + first + m)[None, :]
-    acc = low_rank_up(acc, left_ptr + first.to(tl.int64) * 5, up_ptr + across.to(tl.int64) * 5, m, n, 5, 16)
     acc = tl.trans(acc)
-    acc1 = weight1_sum.to(tl.float32)
-    weight1_scale = tl.load(weight1_scale_ptr + across + n).to(tl.float32)
-    acc1 = acc1 * weight1_scale[:, None]
-    acc1 = acc1 * tl.load(a_scale_ptr + first + m)[None, :]
-    acc1 = low_rank_up(acc1, left_ptr + first.to(tl.int64) * 5, up1_ptr + across.to(tl.int64) * 5, m, n, 5, 16)
-    acc1 = tl.trans(acc1)
+    acc = acc + tl.load(bias_ptr + across + n)[None, :]
     row = first + tl.arange(0, BLOCK_M)
     column = across + tl.arange(0, BLOCK_N)
     inside = (row < M)[:, None] & (column < N)[None, :]
     at = first.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
-    v = silu(acc)
-    whole_tile = v * acc1
+    whole_tile = gelu(acc)
     tl.store(whole_ptr + at, whole_tile.to(whole_ptr.dtype.element_ty), mask=inside)
     if arrived(finished_ptr + tile_m) == tl.cdiv(N, BLOCK_N) - 1:
         for start_row in range(first, tl.minimum(first + BLOCK_M, M), ROWS):
             offs_m = start_row + tl.arange(0, ROWS)
             mask_m = offs_m < M
-            offs_k = tl.arange(0, 1024)
-            mask_k = offs_k < 704
+            offs_k = tl.arange(0, 2048)
+            mask_k = offs_k < 1536
             mask = mask_m[:, None] & mask_k[None, :]
             whole = tl.load(
-                whole_ptr + offs_m[:, None] * 704 + offs_k[None, :],
+                whole_ptr + offs_m[:, None] * 1536 + offs_k[None, :],
                 mask=mask,
                 other=0.0,
                 cache_modifier=".cg",
             ).to(tl.float32)
-            by = tl.load(by_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
-            v1 = whole * by
-            scale_top = tl.max(tl.abs(v1), 1)
+            scale_top = tl.max(tl.abs(whole), 1)
             scale = token_scale(scale_top, 127.0)
             tl.store(scale_ptr + offs_m, scale, mask=mask_m)
-            codes = token_codes(v1, scale, -128.0, 127.0)
+            codes = token_codes(whole, scale, -128.0, 127.0)
             tl.store(
-                codes_ptr + offs_m[:, None] * 704 + offs_k[None, :],
+                codes_ptr + offs_m[:, None] * 1536 + offs_k[None, :],
                 codes.to(tl.int8),
-                mask=mask_m[:, None] & (offs_k < 704)[None, :],
-            )
-            offs_k_83 = tl.arange(0, 128)
-            mask_k_83 = offs_k_83 < 83
-            left1_index_83 = tl.load(index_ptr + offs_k_83, mask=mask_k_83, other=0)
-            whole_83_left1_index = tl.load(
-                whole_ptr + offs_m[:, None] * 704 + left1_index_83[None, :],
-                mask=mask_m[:, None],
-                other=0.0,
-                cache_modifier=".cg",
-            ).to(tl.float32)
-            left1_83 = tl.where(mask_k_83[None, :], whole_83_left1_index, 0.0)
-            mask_83 = mask_m[:, None] & mask_k_83[None, :]
-            tl.store(
-                left1_ptr + offs_m[:, None] * 83 + offs_k_83[None, :],
-                left1_83.to(left1_ptr.dtype.element_ty),
-                mask=mask_83,
+                mask=mask_m[:, None] & (offs_k < 1536)[None, :],
             )
 
 
@@ -257,18 +175,11 @@ def kernel(
 SIGNATURE = {
     "a_ptr": "*i8",
     "a_scale_ptr": "*fp32",
-    "left_ptr": "*fp16",
     "weight_ptr": "*i8",
     "weight_scale_ptr": "*fp32",
-    "up_ptr": "*fp16",
-    "weight1_ptr": "*i8",
-    "weight1_scale_ptr": "*fp32",
-    "up1_ptr": "*fp16",
-    "by_ptr": "*fp32",
-    "index_ptr": "*i32",
+    "bias_ptr": "*fp32",
     "codes_ptr": "*i8",
     "scale_ptr": "*fp32",
-    "left1_ptr": "*fp16",
     "whole_ptr": "*fp16",
     "parts_ptr": "*i32",
     "arrivals_ptr": "*i32",
@@ -290,7 +201,7 @@ class Launch:
     BLOCK_K: int = 128  # columns of the operands at a time
     SPLIT_K: int = 1  # programs that share a tile
     GROUP_M: int = 8  # row blocks that are swept together
-    ROWS: int = 4  # rows at a time, in closing steps
+    ROWS: int = 2  # rows at a time, in closing steps
     num_warps: int = 8  # warps of a program
     num_stages: int = 3  # tiles in flight
 
@@ -298,7 +209,7 @@ class Launch:
         for holds, name, rule in (
             (self.BLOCK_M in (16, 32, 64, 128, 256), "BLOCK_M", "BLOCK_M in (16, 32, 64, 128, 256)"),
             (self.BLOCK_N in (16, 32, 64, 128, 256), "BLOCK_N", "BLOCK_N in (16, 32, 64, 128, 256)"),
-            (self.BLOCK_K in (128, 64, 256), "BLOCK_K", "BLOCK_K in (128, 64, 256)"),
+            (self.BLOCK_K in (128, 64), "BLOCK_K", "BLOCK_K in (128, 64)"),
             (self.SPLIT_K in (1, 2, 4, 8, 16), "SPLIT_K", "SPLIT_K in (1, 2, 4, 8, 16)"),
             (self.GROUP_M >= 1, "GROUP_M", "GROUP_M >= 1"),
             (
@@ -353,17 +264,11 @@ def _check(name: str, held: torch.Tensor, dtype: torch.dtype, shape: tuple[int, 
 def run(
     a: torch.Tensor,
     a_scale: torch.Tensor,
-    left: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    up: torch.Tensor,
-    weight1: torch.Tensor,
-    weight1_scale: torch.Tensor,
-    up1: torch.Tensor,
-    by: torch.Tensor,
-    index: torch.Tensor,
+    bias: torch.Tensor,
     launch: Launch | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the kernel.
 
     Raises:
@@ -371,26 +276,19 @@ def run(
     """
     M, device = a.shape[0], a.device
     launch = launch or chosen(M, device)
-    if M > 3050402:
-        raise ValueError(f"M: expected at most 3050402 rows, got {M}")
-    _check("a", a, torch.int8, (M, 256), device)
+    if M > 1398101:
+        raise ValueError(f"M: expected at most 1398101 rows, got {M}")
+    _check("a", a, torch.int8, (M, 384), device)
     _check("a_scale", a_scale, torch.float32, (M,), device)
-    _check("left", left, torch.float16, (M, 5), device)
-    _check("weight", weight, torch.int8, (704, 256), device)
-    _check("weight_scale", weight_scale, torch.float32, (704,), device)
-    _check("up", up, torch.float16, (704, 5), device)
-    _check("weight1", weight1, torch.int8, (704, 256), device)
-    _check("weight1_scale", weight1_scale, torch.float32, (704,), device)
-    _check("up1", up1, torch.float16, (704, 5), device)
-    _check("by", by, torch.float32, (704,), device)
-    _check("index", index, torch.int32, (83,), device)
-    codes = a.new_empty((M, 704), dtype=torch.int8)
+    _check("weight", weight, torch.int8, (1536, 384), device)
+    _check("weight_scale", weight_scale, torch.float32, (1536,), device)
+    _check("bias", bias, torch.float32, (1536,), device)
+    codes = a.new_empty((M, 1536), dtype=torch.int8)
     scale = a.new_empty((M,), dtype=torch.float32)
-    left1 = a.new_empty((M, 83), dtype=torch.float16)
-    whole = a.new_zeros((M, 704), dtype=torch.float16)
+    whole = a.new_empty((M, 1536), dtype=torch.float16)
     parts = a.new_empty(
         (
-            launch.SPLIT_K * 2 * triton.cdiv(
+            launch.SPLIT_K * 1 * triton.cdiv(
                 M,
                 launch.BLOCK_M,
             ) * triton.cdiv(N, launch.BLOCK_N) * launch.BLOCK_M * launch.BLOCK_N if launch.SPLIT_K > 1 else 1,
@@ -407,18 +305,11 @@ def run(
             kernel[(triton.cdiv(M, launch.BLOCK_M) * triton.cdiv(N, launch.BLOCK_N), launch.SPLIT_K)](
                 a,
                 a_scale,
-                left,
                 weight,
                 weight_scale,
-                up,
-                weight1,
-                weight1_scale,
-                up1,
-                by,
-                index,
+                bias,
                 codes,
                 scale,
-                left1,
                 whole,
                 parts,
                 arrivals,
@@ -433,48 +324,32 @@ def run(
                 num_warps=launch.num_warps,
                 num_stages=launch.num_stages,
             )
-    return codes, scale, left1
+    return codes, scale
 
 
-@torch.library.custom_op(
-    "planish::gemm_a8_int8_x2_r5_silu_mul_mul_quantize_token_gather_256x704_f16_5a47fa3a5e",
-    mutates_args=(),
-)
+@torch.library.custom_op("planish::gemm_a8_int8_gelu_quantize_token_384x1536_f16_2fad4955d7", mutates_args=())
 def op(
     a: torch.Tensor,
     a_scale: torch.Tensor,
-    left: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    up: torch.Tensor,
-    weight1: torch.Tensor,
-    weight1_scale: torch.Tensor,
-    up1: torch.Tensor,
-    by: torch.Tensor,
-    index: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return run(a, a_scale, left, weight, weight_scale, up, weight1, weight1_scale, up1, by, index)
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return run(a, a_scale, weight, weight_scale, bias)
 
 
 @op.register_fake
 def _(
     a: torch.Tensor,
     a_scale: torch.Tensor,
-    left: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    up: torch.Tensor,
-    weight1: torch.Tensor,
-    weight1_scale: torch.Tensor,
-    up1: torch.Tensor,
-    by: torch.Tensor,
-    index: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     M = a.shape[0]
-    codes = a.new_empty((M, 704), dtype=torch.int8)
+    codes = a.new_empty((M, 1536), dtype=torch.int8)
     scale = a.new_empty((M,), dtype=torch.float32)
-    left1 = a.new_empty((M, 83), dtype=torch.float16)
-    return codes, scale, left1
+    return codes, scale
 
 
 def int8_reference(packed: torch.Tensor, columns: int) -> torch.Tensor:
@@ -507,14 +382,9 @@ def integer_product_reference(
     return total if group else total * scale.float()
 
 
-def low_rank_up_reference(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The branch, float32 [M, N], of [M, R] and [N, R]: rounded once."""
-    return (left.double() @ right.double().T).float()
-
-
-def silu_reference(x: torch.Tensor) -> torch.Tensor:
-    """x sigmoid(x)."""
-    return torch.nn.functional.silu(x)
+def gelu_reference(x: torch.Tensor) -> torch.Tensor:
+    """x Phi(x)."""
+    return torch.nn.functional.gelu(x)
 
 
 def token_codes_reference(
@@ -558,61 +428,36 @@ def stored_reference(codes: torch.Tensor, bits: int, span: int) -> torch.Tensor:
     return packed.to(torch.uint8).view(torch.int8)
 
 
-def gather_reference(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """x[:, index]."""
-    return x[:, index.long()]
-
-
 def reference(
     a: torch.Tensor,
     a_scale: torch.Tensor,
-    left: torch.Tensor,
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
-    up: torch.Tensor,
-    weight1: torch.Tensor,
-    weight1_scale: torch.Tensor,
-    up1: torch.Tensor,
-    by: torch.Tensor,
-    index: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    bias: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What the kernel computes, in plain torch."""
     dtype = torch.float16
-    left_codes = int8_reference(a, 256)
-    weight_held = int8_reference(weight, 256)
+    left_codes = int8_reference(a, 384)
+    weight_held = int8_reference(weight, 384)
     acc = integer_product_reference(left_codes, weight_held, weight_scale, 0, None, 0)
     acc = acc * a_scale[:, None]
-    acc = acc + low_rank_up_reference(left, up)
-    weight1_held = int8_reference(weight1, 256)
-    acc1 = integer_product_reference(left_codes, weight1_held, weight1_scale, 0, None, 0)
-    acc1 = acc1 * a_scale[:, None]
-    acc1 = acc1 + low_rank_up_reference(left, up1)
-    v = silu_reference(acc)
-    whole = v * acc1
+    acc = acc + bias.float()
+    whole = gelu_reference(acc)
     whole = whole.to(dtype).float()
-    v1 = whole * by
-    codes, scale, _ = token_codes_reference(v1, "symmetric", 127.0, -128.0, 127.0, 0.0)
+    codes, scale, _ = token_codes_reference(whole, "symmetric", 127.0, -128.0, 127.0, 0.0)
     codes = stored_reference(codes, 8, 64)
-    left1 = gather_reference(whole, index)
-    left1 = left1.to(dtype)
-    return codes, scale, left1
+    return codes, scale
 
 
 def example(M: int, seed: int, device: str) -> dict[str, torch.Tensor]:
     """Random inputs and weights."""
     g = torch.Generator().manual_seed(seed)
     made = {
-        "a": stored_reference(torch.randint(-128, 128, (M, 256), generator=g).float(), 8, 64).to(torch.int8),
+        "a": stored_reference(torch.randint(-128, 128, (M, 384), generator=g).float(), 8, 64).to(torch.int8),
         "a_scale": ((torch.rand((M,), generator=g) + 0.5) * 0.015625).to(torch.float32),
-        "left": torch.randn((M, 5), generator=g).to(torch.float16),
-        "weight": torch.randint(-127, 128, (704, 256), generator=g).to(torch.int8),
-        "weight_scale": ((torch.rand((704,), generator=g) + 0.5) * 0.0009765625).to(torch.float32),
-        "up": (torch.randn((704, 5), generator=g) / 16).to(torch.float16),
-        "weight1": torch.randint(-127, 128, (704, 256), generator=g).to(torch.int8),
-        "weight1_scale": ((torch.rand((704,), generator=g) + 0.5) * 0.0009765625).to(torch.float32),
-        "up1": (torch.randn((704, 5), generator=g) / 16).to(torch.float16),
-        "by": torch.randn((704,), generator=g).to(torch.float32),
-        "index": torch.randint(0, 256, (83,), generator=g).to(torch.int32),
+        "weight": torch.randint(-127, 128, (1536, 384), generator=g).to(torch.int8),
+        "weight_scale": ((torch.rand((1536,), generator=g) + 0.5) * 0.0009765625).to(torch.float32),
+        "bias": torch.randn((1536,), generator=g).to(torch.float32),
     }
     return {name: held.to(device) for name, held in made.items()}
 
@@ -620,22 +465,19 @@ def example(M: int, seed: int, device: str) -> dict[str, torch.Tensor]:
 def differences(M: int, seed: int, device: str, launch: Launch | None = None) -> list[str]:
     """What differs between the kernel and its reference by more than rounding explains; [] if nothing does.
 
-    Both add the same 266 products in float32, in different orders, and round once to the result's dtype. Codes may
+    Both add the same 384 products in float32, in different orders, and round once to the result's dtype. Codes may
     differ by one where a value lies on a border between two: in one place of fifty at most.
     """
     held = example(M, seed, device)
     one, other = run(**held, launch=launch), reference(**held)
     found = []
-    for name, a, b in zip(
-        ("codes", "scale", "left1"),
-        *(made if isinstance(made, tuple) else (made,) for made in (one, other)),
-    ):
+    for name, a, b in zip(("codes", "scale"), *(made if isinstance(made, tuple) else (made,) for made in (one, other))):
         if a.dtype.is_floating_point:
             rounding = torch.finfo(a.dtype).eps
             a, b = a.double(), b.double()
             size = b.abs().nan_to_num(posinf=0.0)
             size = size.amax(-1, keepdim=True) if b.ndim > 1 else size
-            bad = ~((a == b) | ((a - b).abs() <= 2 * rounding * b.abs() + 330 * 2.0**-23 * size))
+            bad = ~((a == b) | ((a - b).abs() <= 2 * rounding * b.abs() + 448 * 2.0**-23 * size))
         else:
             far = (a.int() - b.int()).abs()
             bad = far > (1 if (far > 0).double().mean() <= 0.02 else 0)

@@ -1,4 +1,4 @@
-"""gemm_a4_int4_g64_x2_r32_silu_mul_hadamard_quantize_group_down_256x704_f16_0a4d9a97d3
+"""gemm_a4_int4_g64_x2_r32_silu_mul_hadamard_quantize_group_down_256x704_f16_8231c773b2
 
 gemm on tiles of [M, 256] -> [M, 704], written by planish
 
@@ -502,7 +502,7 @@ def run(
     codes = a.new_empty((M, 352), dtype=torch.int8)
     scale = a.new_empty((M, 11), dtype=torch.float32)
     left1 = a.new_empty((M, 32), dtype=torch.float16)
-    whole = a.new_zeros((M, 704), dtype=torch.float16)
+    whole = a.new_empty((M, 704), dtype=torch.float16)
     parts = a.new_empty(
         (
             launch.SPLIT_K * 2 * triton.cdiv(
@@ -552,7 +552,7 @@ def run(
 
 
 @torch.library.custom_op(
-    "planish::gemm_a4_int4_g64_x2_r32_silu_mul_hadamard_quantize_group_down_256x704_f16_0a4d9a97d3",
+    "planish::gemm_a4_int4_g64_x2_r32_silu_mul_hadamard_quantize_group_down_256x704_f16_8231c773b2",
     mutates_args=(),
 )
 def op(
