@@ -11,7 +11,7 @@ INPUTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint types format bench venv assets clean
+.PHONY: help demo test test-slow lint types format bench venv assets clean compiler
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 12
@@ -47,6 +47,7 @@ bench: $(VENV)/.stamp-bench ## every measurement, peers beside planish in one ru
 	$(BIN)/python bench/kernels.py
 	$(BIN)/python bench/oracle.py
 	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/backend.py
 	$(BIN)/python bench/accuracy.py
 
 assets: $(VENV)/.stamp-dev ## fetch the real models and texts into the cache
@@ -65,7 +66,13 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "make: $(PYTHON) -m venv failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 
-$(VENV)/.stamp-dev: $(INPUTS) | $(BIN)/python
+# torch.compile and planish's kernels for the CPU need a C++ compiler. What asks for one is asked for once, here.
+compiler:
+	@command -v g++ >/dev/null || { test "`id -u`" = 0 && command -v apt-get >/dev/null && \
+	  apt-get update -qq && apt-get install -y -qq --no-install-recommends g++; } || { \
+	  echo "make: g++: not found; on Debian and Ubuntu: apt-get install g++" >&2; exit 1; }
+
+$(VENV)/.stamp-dev: $(INPUTS) | $(BIN)/python compiler
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
