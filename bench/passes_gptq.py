@@ -58,6 +58,7 @@ def serve(folder: Path, threads: int) -> int:
     """The peer's side: one measurement for each line on stdin."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # not bench/kernels.py
     import torch
     from compressed_tensors.quantization import QuantizationArgs
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
