@@ -14,12 +14,16 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "add_lora": "planish.passes.lora",
+    "calibrating": "planish.integrate.calibrating",
     "capture": "planish.integrate.api",
     "collect": "planish.integrate.api",
     "convert": "planish.integrate.convert",
     "evaluate": "planish.ir.evaluator",
     "inspect": "planish.report.inspection",
     "lint": "planish.report.mapping",
+    "load_module": "planish.integrate.optimized",
+    "optimize": "planish.integrate.optimize",
+    "save_module": "planish.integrate.optimized",
     "to_mlir": "planish.integrate.api",
     "to_onnx": "planish.integrate.api",
     "to_torch": "planish.integrate.api",
@@ -31,14 +35,17 @@ _PUBLIC = {
 }
 
 __all__ = [
-    "add_lora", "capture", "collect", "convert", "evaluate", "inspect", "lint", "to_mlir", "to_onnx", "to_torch",
-    "verify",
+    "add_lora", "calibrating", "capture", "collect", "convert", "evaluate", "inspect", "lint", "load_module",
+    "optimize", "save_module", "to_mlir", "to_onnx", "to_torch", "verify",
     "Graph", "Pipeline", "PlanishError", "Stats", "__version__",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from planish.integrate.api import capture, collect, to_mlir, to_onnx, to_torch, verify
+    from planish.integrate.calibrating import calibrating
     from planish.integrate.convert import convert
+    from planish.integrate.optimize import optimize
+    from planish.integrate.optimized import load_module, save_module
     from planish.ir.errors import PlanishError
     from planish.ir.evaluator import evaluate
     from planish.ir.graph import Graph

@@ -129,7 +129,7 @@ def _not_finite(data: np.ndarray) -> str:
     return f"holds {what} at {position} ({int((~finite).sum())} of {data.size} elements)"
 
 
-class _Accumulator:
+class Accumulator:
     """The statistics of one value so far."""
 
     def __init__(self, axis: int, rows: int, seed: int) -> None:
@@ -227,7 +227,7 @@ def collect(
     check_weights(graph)
     wanted = sites(graph, values)
     mask = None if row_mask is None else RowMask(graph, row_mask)
-    found = {value: _Accumulator(axis, rows, seed) for value, axis in wanted.items()}
+    found = {value: Accumulator(axis, rows, seed) for value, axis in wanted.items()}
     evaluator = Evaluator(graph, torch.float32)
 
     def observe(value: Value, tensor: Any) -> None:

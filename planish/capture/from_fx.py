@@ -19,6 +19,7 @@ Ops without a row become opaque nodes, which planish runs by calling torch.
     torch.out_classes   (place, name) of the results of `torch.return_types` in it, nodes counted from the root
     torch.outputs       for each leaf of it ("output", name) or ("constant", value)
     torch.forward       the names of the positional arguments
+    torch.sizes         the names of the inputs that are ints, not tensors, if there are any
     torch.mutations     (name of the input, name of the output that holds its new value) pairs
     torch.buffers       names of the constants that are buffers and stand in the state dict
     torch.unsaved       names of the constants that are buffers outside of it, or plain tensors
@@ -184,6 +185,7 @@ class ProgramCapture:
             if spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION)
         }
         self.read: dict[str, Value] = {}
+        self.sizes: list[str] = []
 
     def run(self) -> Graph:
         b, signature = self.b, self.program.graph_signature
@@ -218,6 +220,8 @@ class ProgramCapture:
             meta["torch.in_spec"] = spec_text(spec)
         meta["torch.inputs"] = tuple(leaves)
         meta["torch.forward"] = tuple(n for n, s in zip(names, user, strict=True) if n)
+        if self.sizes:
+            meta["torch.sizes"] = tuple(self.sizes)
         self._kinds()
         return b.graph
 
@@ -229,6 +233,7 @@ class ProgramCapture:
             return b.graph.add_input(name, b.type_of(fake)), ("input", name)
         if isinstance(argument, SymIntArgument):
             value = b.graph.add_input(name, TensorType("i64", ()))
+            self.sizes.append(name)
             return (lambda: Size(b.unsqueeze(value, 0), b.dim(fake))), ("input", name)
         if isinstance(argument, ConstantArgument):
             return argument.value, ("constant", constant_attribute(argument.value))

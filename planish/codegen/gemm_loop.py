@@ -50,7 +50,7 @@ class Loop:
         self._tiles: dict[tuple[str, int], str] = {}
         self._places: dict[str, str] = {}
         self._known_group = ""
-        self._left: list[str] = []
+        self._left: dict[int, str] = {}
 
     # -- places ------------------------------------------------------------------------------------
 
@@ -116,7 +116,11 @@ class Loop:
         out.indent += 1
         for product in self.kernel.products:
             self._load_weight(product.weight)
-        self._load_activation()
+        self._left = {}
+        if not cut.late:
+            self._load(a.codes, a.bits, f"{a.codes}_", a.kind == "float")
+            for plane in range(cut.planes):
+                self._load_left(plane)
         for run in cut.runs:
             if a.group:
                 count = self._group(run, a.group)
@@ -148,14 +152,17 @@ class Loop:
 
     def _load(self, name: str, bits: int, prefix: str, floats: bool) -> None:
         """The tiles of an operand: each place that planes share is loaded once."""
-        known: dict[str, str] = {}
         for plane in range(self.cut.planes):
-            place = self._place(bits if bits < 8 else 8, plane)
-            if place not in known:
-                known[place] = f"{prefix}{plane}"
-                mask = self._mask(plane) if floats else ""
-                self.out.line(f"{prefix}{plane} = tl.load({name}_at + {place}[None, :]{mask})")
-            self._tiles[name, plane] = known[place]
+            self._load_plane(name, bits, prefix, floats, plane)
+
+    def _load_plane(self, name: str, bits: int, prefix: str, floats: bool, plane: int) -> None:
+        """The tile of a plane: that of an earlier one in the same place, or loaded."""
+        places = [self._place(bits if bits < 8 else 8, p) for p in range(plane + 1)]
+        first = places.index(places[plane])
+        self._tiles[name, plane] = f"{prefix}{first}"
+        if first == plane:
+            mask = self._mask(plane) if floats else ""
+            self.out.line(f"{prefix}{plane} = tl.load({name}_at + {places[plane]}[None, :]{mask})")
 
     def _load_weight(self, w: Weight) -> None:
         bits = bits_of(self.kernel, w)
@@ -163,16 +170,18 @@ class Loop:
         if w.ids:
             self._load(w.ids, _id_bits(w), f"{w.ids}_", False)
 
-    def _load_activation(self) -> None:
-        a = self.activation
-        self._load(a.codes, a.bits, f"{a.codes}_", a.kind == "float")
-        self._left = []
-        for plane in range(self.cut.planes):
+    def _load_left(self, plane: int) -> str:
+        """The name of the activation's operand of a plane, loaded and decoded where it is asked for first."""
+        if plane not in self._left:
+            a = self.activation
+            if self.cut.late:
+                self._load_plane(a.codes, a.bits, f"{a.codes}_", a.kind == "float", plane)
             tile = self._tiles[a.codes, plane]
             decoded = self._decoded_left(plane, tile)
             if decoded != tile:
                 self.out.line(f"left{plane} = {decoded}")
-            self._left.append(tile if decoded == tile else f"left{plane}")
+            self._left[plane] = tile if decoded == tile else f"left{plane}"
+        return self._left[plane]
 
     def _decoded_left(self, plane: int, tile: str) -> str:
         """The activation's operand of a plane [BLOCK_M, columns]."""
@@ -210,7 +219,8 @@ class Loop:
             if right != self._tiles[w.codes, plane]:
                 out.line(f"w = {right}")
                 right = "w"
-            out.line(f"{target} = tl.dot({right}, tl.trans({self._left[plane]}){start}{kind}{precision})")
+            left = self._load_left(plane)
+            out.line(f"{target} = tl.dot({right}, tl.trans({left}){start}{kind}{precision})")
         if not cut.in_loop:
             return
         part = "part.to(tl.float32)" if cut.integer else "part"

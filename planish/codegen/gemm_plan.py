@@ -36,6 +36,8 @@ class Cut:
         unit: columns that share all scales; 0: the scales come after the loop.
         in_loop: the sums are float32 and every run's are scaled.
         on_weight: scales are multiplied into the decoded weight, in the kernel's float.
+        late: a plane of the activation is loaded where it is multiplied. Float sums of a group beside the total leave
+            few registers: no two planes are held at once, and rows of the weight are clamped only where N is ragged.
     """
 
     integer: bool
@@ -49,6 +51,11 @@ class Cut:
     def half(self) -> int:
         """Columns of a plane in a span."""
         return SPAN // self.planes
+
+    @property
+    def late(self) -> bool:
+        """See above."""
+        return self.in_loop and not self.integer
 
     @property
     def sums(self) -> str:

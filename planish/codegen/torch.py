@@ -51,10 +51,17 @@ def to_torch(graph: Graph, *, dtype: torch.dtype | str | None = None) -> torch.f
         PlanishError: an op of another dialect than torch's, strings, a rank that is not known, or a `dtype` that
             is none of a float.
     """
-    emission = Emission(graph, _wide(dtype))
+    emission = Emission(graph, wide_dtype(dtype))
     torch_calls.inputs(emission)
     for node in graph.nodes:
         emit(emission, node)
+    module = finished(emission)
+    device = graph.meta.get("torch.device")
+    return module.to(device) if isinstance(device, str) else module
+
+
+def finished(emission: Emission) -> torch.fx.GraphModule:
+    """The module of an emission whose nodes have all been emitted, in evaluation mode."""
     torch_calls.outputs(emission)
     module = torch.fx.GraphModule(emission.root, emission.fx, class_name="GraphModule")
     for name in emission.transient:
@@ -65,11 +72,10 @@ def to_torch(graph: Graph, *, dtype: torch.dtype | str | None = None) -> torch.f
     module.graph.lint()
     module.recompile()
     module.eval()
-    device = graph.meta.get("torch.device")
-    return module.to(device) if isinstance(device, str) else module
+    return module
 
 
-def _wide(dtype: Any) -> torch.dtype | None:
+def wide_dtype(dtype: Any) -> torch.dtype | None:
     """The dtype of every float, by itself or by its name."""
     if dtype is None:
         return None

@@ -140,6 +140,9 @@ def _take(emission: Emission, name: str, argument: Any, node: torch.fx.Node) -> 
             emission.call(torch_functions.check_argument, node, name, argument.value)
             return
         value = next(v for v in emission.graph.inputs if v.name == argument.value)
+        if value.name in emission.sizes:
+            emission.integers[value] = [node]
+            return
         emission.tensors[value] = node
         _check(emission, value)
         return

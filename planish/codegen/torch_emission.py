@@ -87,6 +87,7 @@ class Emission:
         self.shared_heads = fx_calls.noted(graph, "shared-heads")
         self.unsaved = _names(graph, "torch.unsaved")  # buffers outside of the state dict
         self.trained = _names(graph, "torch.requires_grad")  # parameters that take a gradient
+        self.sizes = _names(graph, "torch.sizes")  # inputs that are ints
         self.named: set[torch.fx.Node] = set()  # nodes that bear the name of a value
         self._likes: dict[str, torch.fx.Node] = {}
         self._shared: dict[str, torch.fx.Node] = {}

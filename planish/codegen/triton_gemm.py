@@ -40,7 +40,8 @@ class Gemm(Lines):
         self.line("first = tile_m * BLOCK_M")
         self.line("across = tile_n * BLOCK_N")
         self.line("m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)")
-        self.line("n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)")
+        whole = "tl.arange(0, BLOCK_N) if N % BLOCK_N == 0 else " if main.cut.late else ""
+        self.line(f"n = {whole}tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)")
         self.line(f"steps: tl.constexpr = ({main.stored} // BLOCK_K + SPLIT_K - 1) // SPLIT_K")
         self.line("begin = tl.program_id(1) * steps if SPLIT_K > 1 else 0")
         self.line(f"end = tl.minimum(begin + steps, {main.stored} // BLOCK_K) if SPLIT_K > 1 else steps")

@@ -253,7 +253,7 @@ def run_pipeline(
             hint=f"the inputs are {', '.join(v.name for v in graph.inputs if v.constant is None)}",
         )
     samples = _few(graph, first) if validate else []
-    head = head_of(pipeline.passes)
+    head = _head(pipeline.passes)
     raised, opening = graph, Report(seed=seed)
     if head:
         raised, opening = Pipeline(pipeline.passes[:head]).run(
@@ -299,7 +299,7 @@ class Rest(Pipeline):
         self.passes = list(passes[head:])
 
 
-def head_of(passes: Sequence[Pass]) -> int:
+def _head(passes: Sequence[Pass]) -> int:
     """How many passes run before statistics are collected."""
     for index, instance in enumerate(passes):
         if instance.needs_stats or instance.exactness not in (Exactness.EXACT, Exactness.IDENTITY):

@@ -258,8 +258,12 @@ class Graph:
         node.graph = None
         self._count -= 1
 
-    def clone(self) -> Graph:
-        """A copy that shares constant data with this graph and nothing else."""
+    def clone(self, data: Mapping[str, Constant] | None = None) -> Graph:
+        """A copy that shares constant data with this graph and nothing else.
+
+        Args:
+            data: what constants hold in the copy, by name, where that is not what they hold here.
+        """
         other = Graph(self.name)
         other.meta = dict(self.meta)
         other._serial = self._serial
@@ -269,7 +273,7 @@ class Graph:
         for value in self.values.values():
             if value.is_constant:
                 assert value.constant is not None
-                table[value] = other.add_constant(value.name, value.constant)
+                table[value] = other.add_constant(value.name, (data or {}).get(value.name, value.constant))
         for node in self.nodes:
             copy = other.append(
                 node.op,

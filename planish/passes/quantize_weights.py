@@ -177,10 +177,14 @@ class Weights:
         return as_weight(node, q, data.shape)
 
 
+def rounds_alone(form: Format) -> bool:
+    """True if a row of a weight is rounded by itself, whatever the other rows hold."""
+    return form.granularity in ("channel", "group") and form.scale != "f8e4m3fn"
+
+
 def round_rows(rows: np.ndarray, form: Format, clip: Clip, clusters: np.ndarray | None = None) -> QTensor:
     """`quantize_array`, some rows at a time where they share no scale: a large table takes little more than itself."""
-    alone = form.granularity in ("channel", "group") and form.scale != "f8e4m3fn"
-    if len(rows) <= CHUNK or not alone:
+    if len(rows) <= CHUNK or not rounds_alone(form):
         return quantize_array(rows, form, clip, clusters=clusters)
     parts = [
         quantize_array(rows[i : i + CHUNK], form, clip, clusters=None if clusters is None else clusters[i : i + CHUNK])

@@ -30,6 +30,7 @@ linear), `insert=true` puts one explicit Mul there, if the error falls by the fr
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -146,6 +147,8 @@ class ScaleChannels(Pass):
             trial, scaled = replace(self, alpha=i / self.steps), graph.clone()
             trial._sites(scaled, Context(context.stats.copy(), context.seed), PassReport(self.name))
             losses[trial.alpha] = model.loss(round_weights(scaled, form))
+            del scaled
+            gc.collect()  # a graph is a ring of nodes and values, which hold its weights
         report.figures["losses"] = losses
         best = min(losses, key=lambda a: losses[a])
         said = f"alpha={best:g}" if isinstance(best, float) else best

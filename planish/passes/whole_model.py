@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from planish.ir.errors import PlanishError
@@ -17,6 +18,7 @@ from planish.ir.row_mask import RowMask, rows_of
 from planish.ir.types import numpy_dtype
 from planish.passes.base import kept_float
 from planish.passes.float_branches import give_weight
+from planish.passes.quantize_weights import CHUNK, rounds_alone
 from planish.passes.sites import reads_by_weight, weight_matrix
 
 COLUMNS = 8192  # of an output that are compared; of a larger one (logits of a vocabulary) every so many-th
@@ -83,9 +85,13 @@ def round_weights(graph: Graph, form: Format) -> Graph:
             x = node.operand(0)
             if node.op.name != "linear" or x is None or not reads_by_weight(node, x) or node.result.name in kept:
                 continue
-            matrix = torch.from_numpy(weight_matrix(node)).float()
             weight = node.operands[1]
             assert weight is not None and weight.dtype is not None
-            rounded = fake_quantize(matrix, form).numpy().astype(numpy_dtype(weight.dtype))  # not held in float64
+            matrix = weight_matrix(node)
+            rounded = np.empty(matrix.shape, numpy_dtype(weight.dtype))  # not held in float64
+            step = CHUNK if rounds_alone(form) else max(len(matrix), 1)
+            for start in range(0, len(matrix), step):
+                part = slice(start, start + step)
+                rounded[part] = fake_quantize(torch.from_numpy(matrix[part]).float(), form).numpy()
             give_weight(rewriter, node, rounded)
     return graph
