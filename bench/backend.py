@@ -290,7 +290,7 @@ def compare(options: Any, folder: Path) -> int:
     needed = [f for case in cases for f in files_of(case, chosen[case.name])]
     pythons = {"gguf": python} if python is not None else {}
     outcome = Outcome("backend")
-    outcome.figures["files_failed"] = files.make(folder, layers, options.quick, needed, pythons)
+    outcome.figures["files_failed"] = files.make(folder, layers, options.quick, needed, pythons, options.recipe)
     for threads in options.threads:
         held = limits(folder, threads)
         outcome.figures[f"limits {threads}"] = held

@@ -1,6 +1,6 @@
 """The files that the peers of `bench/backend.py` load: ONNX, OpenVINO's, GGUF, made by their own tools.
 
-    python backend_files.py FOLDER LAYERS QUICK NAME    (one file in a process of its own, which gives its memory back)
+    python backend_files.py FOLDER LAYERS QUICK NAME RECIPE    (one file, in a process of its own: memory comes back)
 
 ONNX Runtime gets MiniLM exported with eager attention (faster there than the SDPA export), OpenVINO converts the torch
 modules. Weights of 4 bits stand in groups of 128 (MiniLM: of 32 for ONNX Runtime), every linear, the head too; of
@@ -68,12 +68,12 @@ def torch_model(case: models.Case, layers: int) -> Any:
 
 
 def statistics(path: Path, layers: int, quick: bool) -> None:
-    """What the backend learns of MiniLM's activations, of both float dtypes."""
+    """What the backend learns of MiniLM's activations for the recipe of the command line, of both float dtypes."""
     import torch
 
     import planish
 
-    compiled = torch.compile(models.minilm(), backend="planish", dynamic=False)
+    compiled = torch.compile(models.minilm(), backend="planish", dynamic=False, options={"recipe": sys.argv[5]})
     with torch.no_grad(), planish.calibrating(compiled, row_mask="attention_mask") as found:
         for batch in calibration(quick):
             compiled(**{name: torch.from_numpy(value) for name, value in batch.items()})
@@ -265,17 +265,25 @@ def maker_of(name: str) -> Callable[[Path, int, bool], None]:
     return onnx_4bit if name.endswith("-4bit.onnx") else onnx_file
 
 
-def make(folder: Path, layers: int, quick: bool, wanted: list[str], python: dict[str, Path]) -> dict[str, str]:
+def make(
+    folder: Path, layers: int, quick: bool, wanted: list[str], python: dict[str, Path], recipe: str
+) -> dict[str, str]:
     """Make what is missing of the files; what could not be made, with the last line that its tool wrote.
 
     Args:
+        recipe: of planish, for whose passes statistics are collected (anew, if the folder has those of another).
         python: the interpreter by ending of the file; that of this process where it is not there.
     """
     failed = {}
+    stamp = folder / "planish.recipe"
+    if not stamp.exists() or stamp.read_text() != recipe:
+        (folder / "planish.stats").unlink(missing_ok=True)
+        stamp.write_text(recipe)
     for name in (n for n in FILES if n in wanted and not (folder / n).exists()):
         note(f"file: {name}")
-        command = [python.get(name.rpartition(".")[2], sys.executable), __file__, folder, layers, int(quick), name]
-        done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+        own = python.get(name.rpartition(".")[2], sys.executable)
+        command = [str(part) for part in (own, __file__, folder, layers, int(quick), name, recipe)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             failed[name] = lines[-1][:200]

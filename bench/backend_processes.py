@@ -63,6 +63,7 @@ class Worker:
         self.close()
         code = self.process.returncode
         lines = [x for x in self.log.read_text(errors="replace").splitlines() if x.strip()]
+        lines = [x for x in lines if "Error: " in x] or lines  # behind it torch says what to set to learn more
         if late:
             raise Dead(f"no answer in {limit:.0f} s")
         raise Dead(

@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 
+from planish.capture.dynamo_values import Scalar, distinct, example_of, holds_of, is_number, like, number_of, value_of
 from planish.capture.from_fx import ProgramCapture, constant_of, tied_names
 from planish.capture.fx_builder import is_symbol
 from planish.capture.fx_export import functional, refusal
@@ -102,11 +103,11 @@ class DynamoGraph:
         self.fakes = [node.meta.get("example_value") for node in placeholders]
         held = {m[1] for s, i in zip(self.sources, inputs, strict=True) if _is_held(s, i) and (m := _ROOT.match(s))}
         self.roots = held
-        floats = {i: n for i, n in enumerate(placeholders) if _is_float(n, inputs[i])}
-        self.numbers = {i: _number(n) for i, n in floats.items() if self._of_module(i)}
+        floats = {i: n for i, n in enumerate(placeholders) if is_number(n, inputs[i])}
+        self.numbers = {i: number_of(n) for i, n in floats.items() if self._of_module(i)}
         self.floats = {i: n for i, n in floats.items() if i not in self.numbers}
         self.held = tuple(i for i, value in enumerate(inputs) if self._holds(i, value))
-        self.examples = [_like(value) for value in inputs]
+        self.examples = [like(value) for value in inputs]
 
     def _of_module(self, index: int) -> bool:
         root = _ROOT.match(self.sources[index])
@@ -133,7 +134,7 @@ class DynamoGraph:
                 program = functional(lifted, tuple(lifted.given), {}, lifted.dynamic())
         except FOREIGN as error:
             if self.floats and guard:  # one of them stands where torch takes no tensor: it is a number from now on
-                self.numbers.update({i: _number(node) for i, node in self.floats.items()})
+                self.numbers.update({i: number_of(node) for i, node in self.floats.items()})
                 self.floats = {}
                 return self.capture(inputs)
             raise refusal("the Dynamo graph cannot be made functional", error) from error
@@ -176,16 +177,6 @@ class DynamoGraph:
         return {index for name, index in captured.held.items() if name in names}
 
 
-class _Scalar:
-    """A Python float that the graph reads by `.item()`: a number, or a tensor where it may change."""
-
-    def __init__(self, value: float | torch.Tensor) -> None:
-        self.value = value
-
-    def item(self) -> float | torch.Tensor:
-        return self.value
-
-
 class _Lifted(nn.Module):
     """The graph with what Dynamo lifted put back: a module of the true inputs.
 
@@ -215,7 +206,7 @@ class _Lifted(nn.Module):
             if index in dynamo.held:
                 self._hold(index, _path(source, roots), inputs[index])
             elif index in dynamo.numbers:
-                self.slots.append(("number", _Scalar(dynamo.numbers[index])))
+                self.slots.append(("number", Scalar(dynamo.numbers[index])))
             elif isinstance(example, torch.SymInt | int) and not isinstance(example, bool):
                 sizes.append(index)
                 self.slots.append(("size", example if fake is None else fake))
@@ -224,10 +215,10 @@ class _Lifted(nn.Module):
                 self._give(index, example, fake, _argument(source) or dynamo.names[index])
         for index in sizes:
             self.slots[index] = self._size(index, self.slots[index][1], dynamo)
-        self.input_names = _distinct(self.input_names)
+        self.input_names = distinct(self.input_names)
 
     def _give(self, index: int, value: Any, fake: Any, name: str) -> None:
-        self.given.append(_example(value))
+        self.given.append(example_of(value))
         self.places.append(index)
         self.fakes.append(fake)
         self.input_names.append(name)
@@ -302,9 +293,9 @@ class _Lifted(nn.Module):
         environments = {id(new.node.shape_env): new.node.shape_env for _, new in pairs if isinstance(new, torch.SymInt)}
         for environment in environments.values():
             assumed += [guard.expr for guard in environment.guards if guard.expr.free_symbols <= known.keys()]
-        held = all(_holds_of(expression, known) for expression in assumed)
+        held = all(holds_of(expression, known) for expression in assumed)
         for old, new in pairs:  # specialised to a number, or tied to other sizes
-            number = new if isinstance(new, int) else _value(new.node.expr, known)
+            number = new if isinstance(new, int) else value_of(new.node.expr, known)
             held = held and (number is None or number is old or bool(old == number))
         if not held:
             raise PlanishError("the Dynamo graph: its trace holds for sizes that are not those of the inputs")
@@ -315,92 +306,13 @@ class _Lifted(nn.Module):
             if kind == "held":
                 values.append(getattr(self, what))
             elif kind == "float":
-                values.append(_Scalar(arguments[what]))
+                values.append(Scalar(arguments[what]))
             elif kind == "size":
                 values.append(arguments[what[0]].shape[what[1]])
             else:
                 values.append(arguments[what] if kind == "given" else what)
         with fx_traceback.preserve_node_meta():
             return _Annotated(self.module, self.root).run(*values)
-
-
-def _value(expression: Any, known: Mapping[Any, Any]) -> Any:
-    """An expression of the program's symbols as a size of Dynamo's; None if it holds a symbol that is not known."""
-    symbols = sorted(expression.free_symbols, key=str)
-    if not set(symbols) <= known.keys():
-        return None
-    if expression.is_Symbol:
-        return known[expression]
-    environment = next((known[s].node.shape_env for s in symbols), None)
-    if environment is None:
-        return int(expression)
-    moved = expression.xreplace({s: known[s].node.expr for s in symbols})
-    return environment.create_symintnode(moved, hint=None) if not moved.is_number else int(moved)
-
-
-def _holds_of(expression: Any, known: Mapping[Any, Any]) -> bool:
-    """Ask Dynamo whether an assumption holds of its sizes: it becomes a guard."""
-    symbols = list(expression.free_symbols)
-    if not symbols:
-        return bool(expression)
-    environment = known[symbols[0]].node.shape_env
-    return bool(environment.evaluate_expr(expression.xreplace({s: known[s].node.expr for s in symbols})))
-
-
-def _like(value: Any) -> Any:
-    """What is kept of an input: sizes, strides, dtype and device of a tensor, not its data; an int of a size."""
-    if isinstance(value, torch.SymInt):
-        return int(value.node.hint) if value.node.has_hint() else int(value)  # without a guard on it
-    if type(value) not in (torch.Tensor, nn.Parameter) or value.layout is not torch.strided:
-        return value
-    return _Example(tuple(value.shape), value.stride(), value.dtype, value.device)
-
-
-@dataclass(frozen=True)
-class _Example:
-    """A tensor without its data."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _example(value: Any) -> Any:
-    """An input to trace with: its data is not read."""
-    if not isinstance(value, _Example):
-        return value
-    return torch.empty_strided(value.size, value.stride, dtype=value.dtype, device=value.device)
-
-
-def _is_float(node: fx.Node, value: Any) -> bool:
-    """True for a Python float that Dynamo passes as a tensor."""
-    held = getattr(node.meta.get("grapharg"), "pass_arg_as_tensor", False)
-    items = all(user.op == "call_method" and user.target == "item" for user in node.users)
-    return bool(held) and items and isinstance(value, torch.Tensor) and value.dim() == 0
-
-
-def _number(node: fx.Node) -> float:
-    """The value of a Python float, on which Dynamo guards from now on."""
-    from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-    fake = node.meta.get("example_value")
-    memo = getattr(fake, "item_memo", None)
-    if isinstance(memo, torch.SymFloat):
-        return float(guard_scalar(memo))
-    return float(node.meta["grapharg"].example)
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, a number behind those that stand there already."""
-    found: list[str] = []
-    for name in names:
-        made, serial = name, 0
-        while made in found:
-            serial += 1
-            made = f"{name}_{serial}"
-        found.append(made)
-    return found
 
 
 class _Annotated(fx.Interpreter):

@@ -193,7 +193,7 @@ def _same(tensor: torch.Tensor, held: Sequence[tuple[int, torch.Tensor]]) -> int
 def _pooled(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or one of the same content that another graph holds already."""
     flat = tensor.contiguous().reshape(-1)
-    data = flat.view(torch.uint8).cpu().numpy() if flat.numel() else b""
+    data = flat.view(torch.uint8).cpu().numpy().data if flat.numel() else b""
     digest = hashlib.blake2b(data, digest_size=20).digest()
     key = (digest, tensor.dtype, tuple(tensor.shape), tensor.stride(), str(tensor.device))
     return _POOL.setdefault(key, tensor)

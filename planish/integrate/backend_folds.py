@@ -67,12 +67,13 @@ class Fold:
         """True if the weights of this call are those of the fold, unchanged."""
         expired = torch.UntypedStorage._expired
         for mark in self.marks:
-            tensor = inputs[mark.index]
+            tensor = mark.tensor()
             if (
-                mark.tensor() is not tensor
+                tensor is None
+                or tensor is not inputs[mark.index]
                 or (mark.version is not None and tensor._version != mark.version)
                 or tensor.data_ptr() != mark.address
-                or expired(mark.storage.cdata)  # type: ignore[no-untyped-call]
+                or expired(mark.storage.cdata)
             ):
                 return False
         return True
@@ -154,7 +155,7 @@ def _forgetting(folds: weakref.ref[Folds], key: tuple[int, ...]) -> Callable[[An
 
 
 def _mark(index: int, tensor: torch.Tensor, forget: Callable[[Any], None]) -> Mark:
-    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    storage = StorageWeakRef(tensor.untyped_storage())
     version = tensor._version if counts_versions(tensor) else None
     return Mark(index, weakref.ref(tensor, forget), version, tensor.data_ptr(), storage)
 

@@ -8,259 +8,18 @@
 //     Half     q, k, v and the weights of the softmax rounded to bf16, products of pairs, float32 sums (AVX-512 BF16)
 //
 // Four rows and fewer read keys and values just once, straight from where they lie, in float32.
-#include "base.h"
-#include "vectors.h"
+#include "attention_tiles.h"
 
 namespace attention {
 
-using gemm::Floats;
-using gemm::Words;
-
-constexpr int ROWS = 8;      // of a tile
-constexpr int KEYS = 512;    // that are weighed at a time
-constexpr float LOG2E = 1.4426950408889634f;
-
-// Sizes, places and steps from one batch, head and row to the next, in elements; a step of 0 repeats.
-struct Sizes {
-    int64_t batch, heads, shared, rows, keys;  // shared: key heads
-    int64_t q[3], k[3], v[3], out[3], mask[4];
-    float scale, softcap;
-};
-
-// The row of a query: its head and its place among the rows.
-struct Row {
-    int64_t head, place;
-};
-
-// 2^x for x <= 0; 0 below -125.
-static inline __attribute__((always_inline)) float power(float x) {
-    float kept = row::maximum(x, -126.0f);
-    float n = __builtin_rintf(kept), r = kept - n;
-    float p = row::fused(1.327624311670661e-3f, r, 9.675770066678524e-3f);
-    p = row::fused(p, r, 5.550715699791908e-2f);
-    p = row::fused(p, r, 2.4022115767002106e-1f);
-    p = row::fused(p, r, 6.931469440460205e-1f);
-    p = row::fused(p, r, 1.0f);
-    float made = row::float_of(row::bits_of(p) + ((uint32_t)(int32_t)n << 23));
-    return x >= -125.0f ? made : x == x ? 0.0f : x;
-}
-
-// In the place of a mask's type: there is no mask.
-struct None {
-    int64_t none[2];
-};
-
-// Keys as they are weighed: a multiple of 32.
-static inline int padded(int64_t keys) { return ((int)keys + 31) / 32 * 32; }
-
-// What follows from the node: constants of an emitted file.
-template <typename T_, typename M_, int D_, int E_, bool HALF_, bool CAUSAL_, bool SAFE_, bool CAPPED_, bool SINKS_>
-struct Form {
-    using T = T_;  // of q, k, v and the result
-    using M = M_;  // of the mask: None, uint8_t (keep where it is not 0), or a float that is added
-    static constexpr int D = D_, E = E_;
-    static constexpr int WIDTH = (E + 15) / 16 * 16;   // columns of a packed value
-    static constexpr int DEPTH = (D + 31) / 32 * 32;   // columns of a packed key
-    static constexpr bool CAUSAL = CAUSAL_, SAFE = SAFE_, CAPPED = CAPPED_, SINKS = SINKS_;
-#if defined(__AVX512BF16__)
-    static constexpr bool HALF = HALF_;
-#else
-    static constexpr bool HALF = false;
-#endif
-    static constexpr bool PACKS_VALUES = HALF || sizeof(T) != 4 || E % 16 != 0;
-};
-
-// Scratch of a thread, in floats, for so many keys; a multiple of 16.
-template <typename F>
-static inline int64_t scratch(int64_t keys) {
-    int64_t whole = (keys + 31) / 32 * 32;
-    int64_t packed = whole * F::DEPTH + (F::PACKS_VALUES ? whole * F::WIDTH : 0);
-    return packed + ROWS * (F::DEPTH + KEYS + F::WIDTH) + 64;
-}
-
-// -- packing -------------------------------------------------------------------------------------
-
-// 16 words of 16 rows, turned: out[i][j] = in[j][i].
-static inline void turn(const Words (&in)[16], Words *out) {
-#if defined(__AVX512F__)
-    Words a[16], b[16];
-    const Words low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
-    const Words high = low + 8;
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        a[2 * i] = __builtin_shuffle(in[i], in[i + 8], low), a[2 * i + 1] = __builtin_shuffle(in[i], in[i + 8], high);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        b[2 * i] = __builtin_shuffle(a[i], a[i + 8], low), b[2 * i + 1] = __builtin_shuffle(a[i], a[i + 8], high);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        a[2 * i] = __builtin_shuffle(b[i], b[i + 8], low), a[2 * i + 1] = __builtin_shuffle(b[i], b[i + 8], high);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-        out[2 * i] = __builtin_shuffle(a[i], a[i + 8], low), out[2 * i + 1] = __builtin_shuffle(a[i], a[i + 8], high);
-    }
-#else
-    for (int i = 0; i < 16; ++i)
-        for (int j = 0; j < 16; ++j) out[i][j] = in[j][i];
-#endif
-}
-
-#if defined(__AVX512BF16__)
-// 32 numbers as bf16, the first in the low half of the first word.
-template <typename T>
-static inline __attribute__((always_inline)) Words halves(const T *at) {
-    return (Words)_mm512_cvtne2ps_pbh((__m512)gemm::wide16(at + 16), (__m512)gemm::wide16(at));
-}
-
-static inline __attribute__((always_inline)) Words halves(const bf16_t *at) { return gemm::load<Words>(at); }
-#endif
-
-// Keys [keys, D]: of 32 keys together column after column (Float), or pair after pair of columns (Half).
-template <typename F>
-static void pack_keys(const typename F::T *k, int64_t step, int64_t keys, float *packed) {
-    constexpr int D = F::D, DEPTH = F::DEPTH;
-    typename F::T held[DEPTH];
-    for (int j = 0; j < DEPTH; ++j) held[j] = row::narrow<typename F::T>(0.0f);
-    for (int64_t start = 0; start < keys; start += 16) {
-        float *made = packed + start / 32 * 32 * (F::HALF ? DEPTH / 2 : D) + start % 32;
-        for (int d = 0; d < DEPTH; d += F::HALF ? 32 : 16) {
-            Words lines[16], turned[16];
-            for (int i = 0; i < 16; ++i) {
-                const typename F::T *at = k + (start + i) * step + d;
-                if (start + i >= keys || d >= D) {
-                    lines[i] = Words{};
-                    continue;
-                }
-                if (d + (F::HALF ? 32 : 16) > D) {
-                    for (int j = d; j < D; ++j) held[j] = at[j - d];
-                    at = held + d;
-                }
-#if defined(__AVX512BF16__)
-                if constexpr (F::HALF) {
-                    lines[i] = halves(at);
-                    continue;
-                }
-#endif
-                lines[i] = (Words)gemm::wide16(at);
-            }
-            turn(lines, turned);
-            for (int i = 0; i < 16; ++i) {
-                int column = (F::HALF ? d / 2 : d) + i;
-                if (column < (F::HALF ? DEPTH / 2 : D)) gemm::store(made + column * 32, turned[i]);
-            }
-        }
-    }
-}
-
-// Values [keys, E]: rows of WIDTH floats, or rows of two keys with their numbers in pairs (Half).
-template <typename F>
-static void pack_values(const typename F::T *v, int64_t step, int64_t keys, float *packed) {
-    constexpr int E = F::E, WIDTH = F::WIDTH;
-    typename F::T held[2][WIDTH];
-    for (int j = 0; j < WIDTH; ++j) held[0][j] = held[1][j] = row::narrow<typename F::T>(0.0f);
-    for (int64_t s = 0; s < keys; s += F::HALF ? 2 : 1) {
-        const typename F::T *one = v + s * step, *two = one + step;
-        if constexpr (E % 16 != 0) {
-            for (int j = 0; j < E; ++j) held[0][j] = one[j];
-            one = held[0];
-        }
-        bool last = s + 1 >= keys;
-        if (F::HALF && (last || E % 16 != 0)) {
-            for (int j = 0; j < E; ++j) held[1][j] = last ? row::narrow<typename F::T>(0.0f) : two[j];
-            two = held[1];
-        }
-#if defined(__AVX512BF16__)
-        if constexpr (F::HALF) {
-            const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                                   22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-            for (int e = 0; e < WIDTH; e += 16) {
-                __m512bh pair = _mm512_cvtne2ps_pbh((__m512)gemm::wide16(two + e), (__m512)gemm::wide16(one + e));
-                gemm::store(packed + s / 2 * WIDTH + e, (Words)_mm512_permutexvar_epi16(order, (__m512i)pair));
-            }
-            continue;
-        }
-#endif
-        for (int e = 0; e < WIDTH; e += 16) gemm::store(packed + s * WIDTH + e, gemm::wide16(one + e));
-    }
-}
-
-// -- products ------------------------------------------------------------------------------------
-
-// sum + x w in each lane; Half: the two numbers of a word of w times those of x.
-template <bool HALF>
-static inline __attribute__((always_inline)) Floats add(Floats sum, Floats w, const float *x) {
-#if defined(__AVX512BF16__)
-    if constexpr (HALF) {
-        int32_t pair;
-        __builtin_memcpy(&pair, x, 4);
-        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(pair));
-    }
-#endif
-    return gemm::fused(w, *x - Floats{}, sum);
-}
-
-#if !defined(__AVX512F__)
-// As below, by loops that the compiler turns into vectors of the machine: it takes vectors of 16 apart into numbers.
-template <bool HALF, bool MORE>
-static inline void tile(const float *x, int64_t apart, const float *w, int64_t step, int64_t count, float *made,
-                        int64_t wide, int columns) {
-    for (int r = 0; r < ROWS; ++r) {
-        float sums[32] = {};
-        int width = columns > 16 ? 32 : 16;
-        for (int64_t i = 0; i < count; ++i) {
-            float factor = x[r * apart + i];
-            const float *line = w + i * step;
-            if (width == 32) {
-#pragma omp simd
-                for (int j = 0; j < 32; ++j) sums[j] += factor * line[j];
-            } else {
-#pragma omp simd
-                for (int j = 0; j < 16; ++j) sums[j] += factor * line[j];
-            }
-        }
-        for (int j = 0; j < width; ++j) made[r * wide + j] = MORE ? made[r * wide + j] + sums[j] : sums[j];
-    }
-}
-#else
-constexpr int TILE = ROWS;  // rows whose sums stay in registers, of 32 columns each
-
-// made[r][0 .. 32) = (MORE: +=) sum_i x[r][i] w[i][0 .. 32) of ROWS rows; `columns` of 16: half of them.
-template <bool HALF, bool MORE>
-static inline __attribute__((always_inline)) void tile(const float *x, int64_t apart, const float *w, int64_t step,
-                                                       int64_t count, float *made, int64_t wide, int columns) {
-    for (int first = 0; first < ROWS; first += TILE) {
-        Floats sums[TILE][2] = {};
-        const float *left = x + first * apart;
-        if (columns > 16) {
-            for (int64_t i = 0; i < count; ++i) {
-                Floats a = gemm::load<Floats>(w + i * step), b = gemm::load<Floats>(w + i * step + 16);
-#pragma GCC unroll 8
-                for (int r = 0; r < TILE; ++r) {
-                    sums[r][0] = add<HALF>(sums[r][0], a, left + r * apart + i);
-                    sums[r][1] = add<HALF>(sums[r][1], b, left + r * apart + i);
-                }
-            }
-        } else {
-            for (int64_t i = 0; i < count; ++i) {
-                Floats a = gemm::load<Floats>(w + i * step);
-#pragma GCC unroll 8
-                for (int r = 0; r < TILE; ++r) sums[r][0] = add<HALF>(sums[r][0], a, left + r * apart + i);
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE; ++r) {
-            float *to = made + (first + r) * wide;
-            gemm::store(to, MORE ? gemm::load<Floats>(to) + sums[r][0] : sums[r][0]);
-            if (columns > 16) gemm::store(to + 16, MORE ? gemm::load<Floats>(to + 16) + sums[r][1] : sums[r][1]);
-        }
-    }
-}
-#endif
-
 // -- softmax -------------------------------------------------------------------------------------
+
+// A mask's number in base 2. The least float, which stands for "masked", stays finite: a row of nothing else weighs all
+// keys alike; only minus infinity leaves a key out.
+static inline __attribute__((always_inline)) float based(float mask) {
+    float least = mask == -__builtin_inff() ? mask : -3.3e38f;
+    return row::maximum(mask * LOG2E, least);
+}
 
 // Scores of a row against `count` keys from `start` on, of base 2; returns the largest.
 template <typename F>
@@ -291,9 +50,9 @@ static float weigh(const Sizes &s, const void *mask, int64_t batch, Row own, int
         int64_t step = s.mask[3];
         if (step == 1) {
 #pragma omp simd
-            for (int j = 0; j < (int)count; ++j) scores[j] = row::fused(row::wide(line[j]), LOG2E, scores[j]);
+            for (int j = 0; j < (int)count; ++j) scores[j] += based(row::wide(line[j]));
         } else {
-            for (int j = 0; j < (int)count; ++j) scores[j] += row::wide(*line) * LOG2E;
+            for (int j = 0; j < (int)count; ++j) scores[j] += based(row::wide(*line));
         }
     }
     if constexpr (F::CAUSAL) {
