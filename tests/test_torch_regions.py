@@ -17,6 +17,8 @@ from kernel_models import RECIPES, encoder_inputs, plan_of, quantised
 from patterns import Build
 
 from planish.codegen import torch_regions
+from planish.codegen.cpp_attention import AttentionForm
+from planish.codegen.cpp_attention import kernel as attention_kernel
 from planish.codegen.regions import Plan
 from planish.codegen.select import select
 from planish.codegen.torch_regions import emit, float_of
@@ -185,6 +187,18 @@ def test_attention(recipe: str, half: bool | None) -> None:
     scores = 2.0**-8 * float(q.norm(dim=-1).max() * k.norm(dim=-1).max()) * q.shape[-1] ** -0.5 if rounds else 0.0
     bound = (2 * scores + 2 * 2.0**-9 if rounds else 0.0) + 64 * UNIT
     assert float((recorder.found[node.result.name] - expected).abs().max()) <= bound * float(v.abs().max())
+
+
+def test_rows_that_are_masked_throughout() -> None:
+    """The least float as a mask weighs all keys of such a row alike: none of them is left out."""
+    made = attention_kernel(AttentionForm("f32", 16, 16, 0.25, "f32"))
+    q, k, v, mask = (torch.randn(1, 2, 5, n, generator=torch.Generator().manual_seed(n)) for n in (16, 17, 18, 5))
+    k, v = k[..., :16].contiguous(), v[..., :16].contiguous()
+    mask[:, :, 2] = torch.finfo(torch.float32).min
+    mask[:, :, :, 4] = torch.finfo(torch.float32).min
+    assert float((made.op(q, k, v, mask) - made.reference(q, k, v, mask)).abs().max()) <= 64 * UNIT * float(
+        v.abs().max()
+    )
 
 
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])

@@ -1,4 +1,4 @@
-"""gemm_float_int4_g128_384x384_f16_6fa4b73552
+"""gemm_float_int4_g128_384x384_f16_1694821e40
 
 gemm on tiles of [M, 384] -> [M, 384], written by planish
 
@@ -84,7 +84,7 @@ def kernel(
     first = tile_m * BLOCK_M
     across = tile_n * BLOCK_N
     m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)
-    n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)
+    n = tl.arange(0, BLOCK_N) if N % BLOCK_N == 0 else tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)
     steps: tl.constexpr = (384 // BLOCK_K + SPLIT_K - 1) // SPLIT_K
     begin = tl.program_id(1) * steps if SPLIT_K > 1 else 0
     end = tl.minimum(begin + steps, 384 // BLOCK_K) if SPLIT_K > 1 else steps
@@ -98,14 +98,14 @@ def kernel(
     weight_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(begin, end):
         weight_0 = tl.load(weight_at + k[None, :])
-        a_0 = tl.load(a_at + k1[None, :])
-        a_1 = tl.load(a_at + k2[None, :])
         group = step * BLOCK_K // 128
         weight_scale = tl.load(weight_scale_ptr + group * 384 + across + n).to(tl.float32)
         weight_zero = tl.load(weight_zero_ptr + group * 384 + across + n).to(tl.float16)[:, None]
         w = half_plane(weight_0, weight_zero, 4, 0)
+        a_0 = tl.load(a_at + k1[None, :])
         part = tl.dot(w, tl.trans(a_0))
         w = half_plane(weight_0, weight_zero, 4, 1)
+        a_1 = tl.load(a_at + k2[None, :])
         part = tl.dot(w, tl.trans(a_1), part)
         weight_sum += part * weight_scale[:, None]
         a_at += BLOCK_K
@@ -270,7 +270,7 @@ def run(
     return out
 
 
-@torch.library.custom_op("planish::gemm_float_int4_g128_384x384_f16_6fa4b73552", mutates_args=())
+@torch.library.custom_op("planish::gemm_float_int4_g128_384x384_f16_1694821e40", mutates_args=())
 def op(
     a: torch.Tensor,
     weight: torch.Tensor,

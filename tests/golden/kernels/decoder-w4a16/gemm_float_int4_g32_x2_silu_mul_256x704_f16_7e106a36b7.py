@@ -1,4 +1,4 @@
-"""gemm_float_int4_g32_x2_silu_mul_256x704_f16_eb587f84d1
+"""gemm_float_int4_g32_x2_silu_mul_256x704_f16_7e106a36b7
 
 gemm on tiles of [M, 256] -> [M, 704], written by planish
 
@@ -104,7 +104,7 @@ def kernel(
     first = tile_m * BLOCK_M
     across = tile_n * BLOCK_N
     m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - first)
-    n = tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)
+    n = tl.arange(0, BLOCK_N) if N % BLOCK_N == 0 else tl.minimum(tl.arange(0, BLOCK_N), N - 1 - across)
     steps: tl.constexpr = (256 // BLOCK_K + SPLIT_K - 1) // SPLIT_K
     begin = tl.program_id(1) * steps if SPLIT_K > 1 else 0
     end = tl.minimum(begin + steps, 256 // BLOCK_K) if SPLIT_K > 1 else steps
@@ -122,12 +122,11 @@ def kernel(
     for step in range(begin, end):
         weight_0 = tl.load(weight_at + k[None, :])
         weight1_0 = tl.load(weight1_at + k[None, :])
-        a_0 = tl.load(a_at + k1[None, :])
-        a_1 = tl.load(a_at + k2[None, :])
         group = step * BLOCK_K // 32
         weight_scale = tl.load(weight_scale_ptr + group * 704 + across + n).to(tl.float32)
         weight_zero = tl.load(weight_zero_ptr + group * 704 + across + n).to(tl.float16)[:, None]
         w = half_plane(weight_0, weight_zero, 4, 0)
+        a_0 = tl.load(a_at + k1[None, :])
         part = tl.dot(w, tl.trans(a_0))
         weight_sum += part * weight_scale[:, None]
         weight1_scale = tl.load(weight1_scale_ptr + group * 704 + across + n).to(tl.float32)
@@ -139,6 +138,7 @@ def kernel(
         weight_scale = tl.load(weight_scale_ptr + group * 704 + across + n).to(tl.float32)
         weight_zero = tl.load(weight_zero_ptr + group * 704 + across + n).to(tl.float16)[:, None]
         w = half_plane(weight_0, weight_zero, 4, 1)
+        a_1 = tl.load(a_at + k2[None, :])
         part = tl.dot(w, tl.trans(a_1))
         weight_sum += part * weight_scale[:, None]
         weight1_scale = tl.load(weight1_scale_ptr + group * 704 + across + n).to(tl.float32)
@@ -324,7 +324,7 @@ def run(
     return out
 
 
-@torch.library.custom_op("planish::gemm_float_int4_g32_x2_silu_mul_256x704_f16_eb587f84d1", mutates_args=())
+@torch.library.custom_op("planish::gemm_float_int4_g32_x2_silu_mul_256x704_f16_7e106a36b7", mutates_args=())
 def op(
     a: torch.Tensor,
     weight: torch.Tensor,
