@@ -201,6 +201,22 @@ def test_rows_that_are_masked_throughout() -> None:
     )
 
 
+def test_attention_reads_a_mask_without_its_repetitions() -> None:
+    b = Build()
+    q, k, v = (b.input(name, "f32[2, 2, 5, 16]") for name in "qkv")
+    keys = b("unsqueeze", b.input("keys", "bool[2, 5]"), axes=(1, 2))
+    every = b.constant(np.ones((1, 1, 5, 5), dtype=bool))
+    graph = b.output(b("attention", q, k, v, b("logical_and", every, keys), scale=0.25))
+    module = emit(select(graph), half=False)
+    assert not [n for n in module.graph.nodes if n.name.startswith("logical_and")]
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.randn(2, 2, 5, 16, generator=generator) for name in "qkv"}
+    given["keys"] = torch.tensor([[True] * 5, [True, True, False, False, True]])
+    (expected,) = evaluate(graph, given).values()
+    found = module(*given.values())
+    assert float((found - expected).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_narrow_floats(dtype: str) -> None:
     """In 16 bits kernels still compute in float32: what differs is the rounding between them."""

@@ -259,7 +259,8 @@ class _Emission(Emission):
                 return None
             mask = dtype if form.mask not in ("", "bool") else form.mask
             form = replace(form, dtype=dtype, mask=mask, half=form.half or dtype == "bf16")
-        return self.call(attention_kernel(form).op, *(self.tensor(v) for v in node.operands if v is not None))
+        given = [_slim(v) if index == 3 else v for index, v in enumerate(node.operands) if v is not None]
+        return self.call(attention_kernel(form).op, *(self.tensor(v) for v in given))
 
     def kernel(self, region: Region, found: Operator, parts: Sequence[Region] = ()) -> None:
         """The call of a region's kernel.
@@ -385,3 +386,20 @@ def _alike(home: _Home, bound: Bound, dtype: str) -> bool:
     if own.form == "rows":
         return home.dtype == dtype
     return (own.bits, own.shift, own.grouped) == (bound.bits, bound.shift, bound.grouped)
+
+
+def _slim(mask: Value) -> Value:
+    """A mask without what only repeats it along axes: the kernel of attention does that by itself."""
+    made = mask.producer
+    inner: Value | None = None
+    if made is not None and made.op.name == "expand":
+        inner = made.operand(0)
+    elif made is not None and made.op.name == "logical_and":
+        one, two = made.operands
+        for value, other in ((one, two), (two, one)):
+            held = None if other is None else other.constant
+            if value is not None and held is not None and not value.is_constant and bool(held.array().all()):
+                inner = value
+    if inner is None or inner.rank != mask.rank or inner.dtype != mask.dtype:
+        return mask
+    return _slim(inner)
