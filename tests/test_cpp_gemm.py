@@ -106,6 +106,17 @@ def test_products_without_avx512(at: int) -> None:
     check(Case(weight, left, OUTPUTS, COLUMNS, bias=True, dtype=dtype), PORTABLE)
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_one_row_of_floats_beside_codes(dtype: str) -> None:
+    """What is multiplied as integers of 24 bits (dot_limbs.h): every kind of numbers, and one that is none."""
+    for values in VALUES:
+        one = Case("int4:g32", "float", OUTPUTS, COLUMNS, bias=True, dtype=dtype, values=values)
+        made = build(one, 1, seed=3)
+        assert problems(one, made, results(made, compiled(made.kernel, dtype), dtype)) == [], values
+    made.held["a"][0, 5] = torch.inf
+    assert not results(made, compiled(made.kernel, dtype), dtype)["out"].isfinite().any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("left", LEFTS)
 @pytest.mark.parametrize("weight", WEIGHTS)

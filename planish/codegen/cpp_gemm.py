@@ -22,7 +22,16 @@ from planish.codegen.gemm_plan import refusal
 from planish.codegen.kernel_spec import Kernel
 from planish.ir.errors import PlanishError
 
-HEADERS = ("base.h", "vectors.h", "dot_integer.h", "dot_float.h", "dot_pairs.h", "dot_panel.h", "tiles.h")
+HEADERS = (
+    "base.h",
+    "vectors.h",
+    "dot_integer.h",
+    "dot_float.h",
+    "dot_limbs.h",
+    "dot_pairs.h",
+    "dot_panel.h",
+    "tiles.h",
+)
 BUFFER = 512 * 1024  # bytes of a block's results: they stay in the second cache with a panel of the weight
 MOST_ROWS = 64  # of a block
 PANEL_ROWS = 16  # from which on a panel of a weight is decoded once for all rows of a block

@@ -30,6 +30,10 @@ class TileWriter:
         self.width = self.columns + 16  # of float rows: rows 4096 bytes apart would share a set of the first cache
         # many rows of bfloat16: a panel of the weight is decoded once for all of them
         self.panel = dtype == "bf16" and self.activation.kind == "float" and not self.form.pairs
+        # one row of floats beside signed 4-bit codes: by integers
+        form, w = self.form, kernel.products[0].weight
+        signed = not w.zero and not w.clusters and form.bits == 4 and form.step == 8 and form.unit % 16 == 0
+        self.limbs = dtype in ("f32", "bf16") and self.activation.kind == "float" and signed
         self.lines: list[str] = []
         self.results = [p.result for p in kernel.products]
 
@@ -65,6 +69,11 @@ class TileWriter:
             sizes = f"{kernel.columns}, {self.columns}, {half}"
             lines.append(f"gemm::pair_rows<{form.step}>({source}, rows, {sizes}, pairs);")
             lines.append("left.pairs = pairs;")
+            if self.limbs:
+                buffers.append(("wide", "float", self.width))
+                sizes = f"{kernel.columns}, {kernel.columns}, {self.width}"
+                lines.append(f"if (gemm::LIMBS && rows == 1) gemm::widen_rows({source}, rows, {sizes}, wide);")
+                self._limbs(buffers, lines)
             if kernel.products[0].weight.zero:
                 buffers.append(("totals", "float", form.groups))
                 sizes = f"{kernel.columns}, {form.unit}, {form.groups}"
@@ -80,6 +89,8 @@ class TileWriter:
                 lines.append(f"gemm::scale_groups(wide, rows, {kernel.columns}, {self.width}, {a.group},")
                 lines.append(f"                   b.{a.scale} + first * {groups});")
             lines.append("left.rows = wide;")
+            if self.limbs:
+                self._limbs(buffers, lines)
             if self.panel:
                 half = self.columns // 2 + 16
                 buffers.append(("pairs", "uint32_t", half))
@@ -99,6 +110,15 @@ class TileWriter:
             lines.append(f"gemm::widen_rows({source}, rows, {branch.rank}, {branch.rank}, {branch.rank}, {name});")
             lines.append(f"left.{name} = {name};")
         return buffers, lines
+
+    def _limbs(self, buffers: list[tuple[str, str, int]], lines: list[str]) -> None:
+        """What is made of one row in `wide` (dot_limbs.h)."""
+        form = self.form
+        buffers += [("limbs", "int8_t", 3 * self.columns), ("heads", "int32_t", 4 * form.groups)]
+        lines += ["left.limbs = limbs;", "left.heads = (const gemm::LimbHead *)heads;"]
+        lines.append("if (gemm::LIMBS && rows == 1)")
+        sizes = f"{self.columns}, {self.columns}, {form.unit}, {form.groups}"
+        lines.append(f"    gemm::limb_row(wide, {sizes}, limbs, (gemm::LimbHead *)heads);")
 
     def _row_bytes(self) -> int:
         """Bytes of what is made of a row of the activation."""
@@ -120,6 +140,9 @@ class TileWriter:
             if self.panel:
                 self.line("const uint32_t *pairs;", 1)
                 self.line("uint32_t *panel;", 1)
+        if self.limbs:
+            self.line("const int8_t *limbs;", 1)
+            self.line("const gemm::LimbHead *heads;", 1)
         for branch in self.kernel.products[0].branches:
             self.line(f"const float *{branch.left}_rows;", 1)
         self.line("};")
@@ -237,14 +260,26 @@ class TileWriter:
             self.line(f"const int8_t *codes = left.codes + row * {self.columns}{left};", indent)
             self.line(f"add_products<{form.bits}>(sum, codes, {self.columns}, weight, {self._units()});", indent)
             return
+        if self.limbs:
+            weight = f"(const uint8_t *)b.{w.codes} + ({at} * PANELS + panel) * 64"
+            head = "left.heads[group]" if group else "left.heads[0]"
+            self.line("if constexpr (LIMBS && R == 1) {", indent)
+            self.line(
+                f"add_limbs(sum, left.limbs{left}, {self.columns}, {head}, {weight}, {self._units()});", indent + 1
+            )
+            self.line("} else {", indent)
+        inner = indent + 1 if self.limbs else indent
         if form.pairs:
             half, signed = self.columns // 2 + 16, str(not w.zero).lower()
-            self.line(f"const uint8_t *weight = (const uint8_t *)b.{w.codes} + ({at} * PANELS + panel) * 64;", indent)
+            self.line(f"const uint8_t *weight = (const uint8_t *)b.{w.codes} + ({at} * PANELS + panel) * 64;", inner)
             pairs = f"left.pairs + row * {half}" + (f" + group * {form.unit // 2}" if group else "")
-            self.line(f"add_pairs<{form.bits}, {signed}>(sum, {pairs}, {half}, weight, {self._units()});", indent)
-            return
-        self._decoder(product, indent)
-        self.line(f"add_floats(sum, left.rows + row * {self.width}{left}, {self.width}, {self._units()}, w);", indent)
+            self.line(f"add_pairs<{form.bits}, {signed}>(sum, {pairs}, {half}, weight, {self._units()});", inner)
+        else:
+            self._decoder(product, inner)
+            rows = f"left.rows + row * {self.width}{left}"
+            self.line(f"add_floats(sum, {rows}, {self.width}, {self._units()}, w);", inner)
+        if self.limbs:
+            self.line("}", indent)
 
     def _decoder(self, product: Product, indent: int) -> None:
         """The decoder `w` of a group of the weight."""

@@ -1,7 +1,8 @@
 // Sums of products of floats: rows of float32 times panels of a weight that is decoded in registers.
 //
 // A decoder has STEP, the columns that it holds at a time, `take`, which loads those of C panels, and `value`, a column of
-// a panel as float32. `weight` points at the first step; its zero points are those of unsigned codes.
+// a panel as float32. `weight` points at the first step, BYTES of each panel a step; its zero points are those of unsigned
+// codes.
 #include <cstdint>
 
 namespace gemm {
@@ -15,7 +16,7 @@ static inline __attribute__((always_inline)) void load_each(Floats (&held)[C], c
 // Codes of 4 or 2 bits: [N / 64][K / STEP][4 panels][16 columns] words, column p of a step in the bits from BITS p on.
 template <int BITS, bool ZERO, int C>
 struct Codes {
-    static constexpr int STEP = 32 / BITS;
+    static constexpr int STEP = 32 / BITS, BYTES = 64;
     const uint8_t *weight;
     Words held[C];
     Floats zero[C];
@@ -34,7 +35,7 @@ struct Codes {
 // 8-bit codes and floats: [N / 64][K][4 panels][16 columns].
 template <typename T, bool ZERO, int C>
 struct Numbers {
-    static constexpr int STEP = 1;
+    static constexpr int STEP = 1, BYTES = 16 * sizeof(T);
     const uint8_t *weight;
     Floats held[C], zero[C];
 
@@ -49,7 +50,7 @@ struct Numbers {
 // Codes of clusters, (code - zero[id]) scale[id]: codes as in `Codes`, ids [N / 64][K / STEP][4 panels][16 columns].
 template <int BITS, int CLUSTERS, typename Id, bool ZERO, int C>
 struct Split {
-    static constexpr int STEP = 32 / BITS, ID_BITS = CLUSTERS <= 2 ? 1 : 2;
+    static constexpr int STEP = 32 / BITS, BYTES = 64, ID_BITS = CLUSTERS <= 2 ? 1 : 2;
     const uint8_t *weight;
     const Id *ids;
     Words held[C], id[C];
@@ -85,6 +86,7 @@ static inline __attribute__((always_inline)) void add_floats(Floats (&sum)[R][C]
     Floats more[CHAINS == 2 ? R : 1][CHAINS == 2 ? C : 1];
     clear(more);
     for (int64_t step = 0; step < steps; ++step) {
+        soon<R, Decoder::BYTES * C>(decoder.weight + step * Decoder::BYTES * 4);
         decoder.take(step);
 #pragma GCC unroll 16
         for (int column = 0; column < Decoder::STEP; ++column) {

@@ -15,6 +15,7 @@ static inline __attribute__((always_inline)) void add_products(Ints (&sum)[R][C]
     constexpr int PARTS = 8 / BITS;
     constexpr uint32_t MASK = BITS == 8 ? 0xffffffff : BITS == 4 ? 0x0f0f0f0f : 0x03030303;
     for (int64_t unit = 0; unit < units; ++unit) {
+        soon<R, 64 * C>(weight + unit * 256);
         Words held[C];
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) held[j] = load<Words>(weight + unit * 256 + j * 64);
