@@ -66,6 +66,7 @@ from planish.passes.scales import (
 from planish.passes.sites import Site, dual_site_of, site_of
 from planish.passes.whole_model import WholeModel, round_weights
 
+LARGE = 1 << 24  # elements of a model's constants of which no copies may wait to be collected
 WEIGHT_ONLY = frozenset({"awq", "smoothquant-plus"})
 DUAL = frozenset({"smoothquant", "os-plus", "search"})  # methods that weigh both sides: keys are activations too
 
@@ -142,13 +143,15 @@ class ScaleChannels(Pass):
         form = self._formats()[0]
         assert form is not None and context.stats is not None
         model = WholeModel(graph, (context.data or ())[: self.batches], context.row_mask, self.name)
+        large = sum(v.constant.size for v in graph.constants if v.constant is not None) > LARGE
         losses: dict[float | str, float] = {"none": model.loss(round_weights(graph.clone(), form))}
         for i in context.progress(range(self.steps + 1), "scale-channels: alpha"):
             trial, scaled = replace(self, alpha=i / self.steps), graph.clone()
             trial._sites(scaled, Context(context.stats.copy(), context.seed), PassReport(self.name))
             losses[trial.alpha] = model.loss(round_weights(scaled, form))
             del scaled
-            gc.collect()  # a graph is a ring of nodes and values, which hold its weights
+            if large:
+                gc.collect()  # a graph is a ring of nodes and values, which hold its weights
         report.figures["losses"] = losses
         best = min(losses, key=lambda a: losses[a])
         said = f"alpha={best:g}" if isinstance(best, float) else best
