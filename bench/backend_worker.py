@@ -58,6 +58,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     warnings.simplefilter("ignore")
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # not bench/kernels.py
 
     def say(**answer: Any) -> None:
         answers.write(json.dumps(answer) + "\n")
