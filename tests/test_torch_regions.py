@@ -16,6 +16,7 @@ import torch
 from kernel_models import RECIPES, encoder_inputs, plan_of, quantised
 from patterns import Build
 
+from planish.capture.from_fx import from_module
 from planish.codegen import torch_regions
 from planish.codegen.cpp_attention import AttentionForm
 from planish.codegen.cpp_attention import kernel as attention_kernel
@@ -28,7 +29,8 @@ from planish.ir.errors import PlanishError
 from planish.ir.evaluator import bind_inputs, evaluate, evaluate_nodes
 from planish.ir.graph import Graph
 from planish.ir.ops.base import Wide
-from planish.ir.types import is_float
+from planish.ir.types import is_float, torch_dtype
+from planish.passes.manager import Pipeline
 
 # Between codes that are the same and the next ones at most four sums of up to 512 products follow each other, each in
 # another order than the evaluator's: sqrt(512) u S, S the sum of magnitudes, at most 25 times the largest result of a
@@ -232,6 +234,23 @@ def test_narrow_floats(dtype: str) -> None:
         # 5 roundings of a block, and codes that flip by one where they are made of rounded values: a step of 1 / 127
         most = BOUND_16[dtype] + (1 / 127 if recipe == "w8a8" else 0.0)
         assert float((got.float() - expected).abs().max() / expected.abs().max()) <= most
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+def test_kernels_of_a_narrow_model(dtype: str) -> None:
+    """What a model casts to float32 around its linears enters and leaves kernels as it is held between them."""
+    made = torch_dtype(dtype)
+    model = (
+        torch.nn.Sequential(torch.nn.LayerNorm(64), torch.nn.Linear(64, 96), torch.nn.Linear(96, 64)).eval().to(made)
+    )
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(made)
+    graph, _ = Pipeline("raise,quantize{weights=int4:g32}").run(from_module(model, (x,)))
+    module = emit(select(graph))
+    assert all(f"_{dtype}_" in name for name in kernel_calls(module))
+    (expected,) = evaluate(graph, {graph.inputs[0].name: x}, dtype=torch.float64).values()
+    got = module(x).detach()
+    assert got.dtype == made
+    assert float((got.double() - expected).abs().max() / expected.abs().max()) < 4 * torch.finfo(made).eps
 
 
 def test_float64_has_no_kernels() -> None:

@@ -34,7 +34,7 @@ from planish.codegen.torch_regions_merge import merged, siblings
 from planish.codegen.torch_regions_ops import Operator, operator_of
 from planish.ir.constant import Constant
 from planish.ir.ops.base import HELD_AS
-from planish.ir.types import WIDE_FLOATS, is_float, torch_dtype
+from planish.ir.types import WIDE_FLOATS, bits, is_float, torch_dtype
 
 if TYPE_CHECKING:
     from planish.ir.graph import Graph, Node, Value
@@ -119,10 +119,19 @@ def float_of(region: Region, wide: torch.dtype | None = None) -> str | None:
     else:
         rows = [b.value for b in region.bound.values() if b.form == "rows" and b.value is not None]
         products = [n.result for n in region.nodes if n.op.name in LINEARS]
-        found = {str(v.dtype) for v in rows or products if v.dtype in WIDE_FLOATS}
+        found = {str(_known_in(v)) for v in rows or products if v.dtype in WIDE_FLOATS}
     if "f64" in found:
         return None
     return "f32" if len(found) != 1 else next(iter(found))
+
+
+def _known_in(value: Value) -> str | None:
+    """The float dtype that holds a value: that of what it was cast from, if that is narrower."""
+    made = value.producer
+    source = made.operand(0) if made is not None and made.op.name == "cast" else None
+    if source is None or source.dtype not in WIDE_FLOATS or value.dtype not in WIDE_FLOATS:
+        return value.dtype
+    return source.dtype if bits(source.dtype) < bits(value.dtype) else value.dtype
 
 
 @dataclass(frozen=True)
