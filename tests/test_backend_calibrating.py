@@ -127,6 +127,18 @@ def test_the_solver_reads_the_batches() -> None:
     assert (found - model(x)).square().mean() < (rounded - model(x)).square().mean()
 
 
+def test_the_solver_makes_do_with_statistics(tmp_path: Path) -> None:
+    quantised, plain = (f"raise,quantize{{weights=int4:g16 solver=gptq inputs={i}}}" for i in ("quantised", "float"))
+    model, x = filled(Stack(1), 1), torch.cat(BATCHES)
+    stats = calibrated(compiled(model, recipe=plain))
+    found = []
+    for recipe in (quantised, plain):
+        torch._dynamo.reset()
+        found.append(compiled(copy.deepcopy(model), recipe=recipe, calibration=stats, strict=True)(x))
+    assert torch.equal(*found)
+    assert (found[0] - model(x)).abs().max() > 0
+
+
 def calibrations() -> list[Any]:
     return list(_known.values())
 

@@ -377,6 +377,7 @@ def test_export_with_open_sizes() -> None:
 
 def test_compiled_without_inductor() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     module = emit(plan("w4a16"))
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
     for batch, tokens in ((2, 7), (3, 16), (4, 128)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -15,7 +16,9 @@ from planish.integrate.convert import Rest
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
 from planish.ir.stats import Stats
+from planish.passes.base import Pass
 from planish.passes.manager import Pipeline, Report
+from planish.passes.quantize import Quantize
 
 
 class Float(Exception):
@@ -63,6 +66,8 @@ def quantised(
             stats = translated(calibration, graph, pipeline.passes[:head])
             names = {v.name for v in captured.graph.inputs}
             data = [batch for batch in calibration.data if set(batch) == names] or None
+            if data is None:
+                pipeline = _by_statistics(pipeline)
 
     def make() -> Graph:
         rest = Rest(pipeline.passes, head)
@@ -72,6 +77,15 @@ def quantised(
     if not (keep and options.cache):
         return make()
     return cached(graph, [str(pipeline), str(head), str(options.seed)], stats, data, make)
+
+
+def _by_statistics(pipeline: Pipeline) -> Pipeline:
+    """A recipe where there are statistics but no data: GPTQ takes what linears read in the float graph."""
+    found: list[Pass] = []
+    for item in pipeline.passes:
+        solved = isinstance(item, Quantize) and item.inputs == "quantised"
+        found.append(replace(item, inputs="float") if solved else item)  # type: ignore[call-arg]
+    return Pipeline(found)
 
 
 def _without(options: BackendOptions, say: Callable[[str], None]) -> Pipeline:
