@@ -149,7 +149,8 @@ def test_a_float_of_a_module_is_a_number() -> None:
 
 
 def language_model(kind: str = "llama", **changes: Any) -> Any:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = {
         "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -180,7 +181,8 @@ def test_a_decoder_is_one_graph() -> None:
 
 
 def test_a_cache_that_grows() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model, text = language_model(), tokens(2, 10)
     run, cache = compiled(model), transformers.DynamicCache(config=model.config)
     found = [run(text[:, :5], past_key_values=cache).logits]
@@ -190,7 +192,8 @@ def test_a_cache_that_grows() -> None:
 
 
 def test_a_static_cache() -> None:
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model, text = language_model(), tokens(2, 10)
     run, cache = compiled(model), transformers.StaticCache(config=model.config, max_cache_len=16)
     found = [run(text[:, :5], past_key_values=cache, cache_position=torch.arange(5)).logits]
@@ -202,7 +205,8 @@ def test_a_static_cache() -> None:
 
 def test_a_sliding_window() -> None:
     model, text = language_model("mistral", sliding_window=4), tokens(2, 12)
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     run, cache = compiled(model), transformers.DynamicCache(config=model.config)
     found = [run(text[:, :5], past_key_values=cache).logits]
     found += [run(text[:, t : t + 1], past_key_values=cache).logits for t in range(5, 12)]

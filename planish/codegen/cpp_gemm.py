@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from planish.codegen import cpp_rows
 from planish.codegen.cpp_gemm_tile import TileWriter
@@ -37,14 +36,6 @@ MOST_ROWS = 64  # of a block
 PANEL_ROWS = 16  # from which on a panel of a weight is decoded once for all rows of a block
 FEW_ROWS = 32  # that threads share by columns
 CHUNK = 512  # columns of a buffer where a row program needs no whole rows
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of C++: its lines and the headers that it needs."""
-
-    text: str
-    headers: tuple[str, ...]
 
 
 class Gemm(TileWriter):
@@ -222,7 +213,7 @@ static void run(const Border &b, int64_t M, int threads) {
 }"""
 
 
-def body(kernel: Kernel, dtype: str) -> Text:
+def body(kernel: Kernel, dtype: str) -> cpp_rows.Text:
     """The functions of a gemm; `run(border, M, threads)` is the last of them.
 
     Args:
@@ -236,4 +227,4 @@ def body(kernel: Kernel, dtype: str) -> Text:
         raise PlanishError(f"gemm: cannot be written: {why}")
     writer = Gemm(kernel, dtype)
     headers = writer.write()
-    return Text("\n".join(writer.lines), headers)
+    return cpp_rows.Text("\n".join(writer.lines), headers)

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from planish.codegen.containers.triton import id_bits
 from planish.codegen.gemm_plan import decoder_of
 from planish.codegen.kernel_spec import Kernel, Product, Weight, padded
 
@@ -74,14 +75,9 @@ def form_of(kernel: Kernel, dtype: str) -> Form:
     return Form(integer, decoder.bits, unit, -(-kernel.columns // unit), step, spread, pairs)
 
 
-def id_bits(weight: Weight) -> int:
-    """The bits of a cluster's id."""
-    return 1 if weight.clusters <= 2 else 2
-
-
 def id_width(weight: Weight, form: Form) -> int:
     """The bits of a lane of ids: 8, 16 or 32."""
-    return max(8, form.step * id_bits(weight))
+    return max(8, form.step * id_bits(weight.clusters))
 
 
 # -- tensors -------------------------------------------------------------------------------------
@@ -177,7 +173,7 @@ def _product(
         unsigned = unpack_codes(codes, form.bits, columns, signed=False)
         found[w.codes] = integers(unsigned, form.bits) if form.integer else words(unsigned, form.bits, form.step)
     if w.ids:
-        bits = id_bits(w)
+        bits = id_bits(w.clusters)
         ids = unpack_codes(bound[w.ids].view(torch.int8), bits, columns, signed=False)
         found[w.ids] = words(ids, bits, form.step, id_width(w, form))
     if w.scale:

@@ -36,7 +36,7 @@ class Text:
 
     text: str
     headers: tuple[str, ...]
-    scratch: int
+    scratch: int = 0
 
 
 def border(kernel: Kernel, dtype: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from planish.codegen.containers.triton import id_bits
 from planish.codegen.gemm_plan import FLOATS, Cut, Run, bits_of, cut_of, decoder_of, factor_of
 from planish.codegen.kernel_spec import SPAN, Activation, Kernel, Product, Weight, padded
 from planish.kernels.decoders import functions_of
@@ -77,7 +78,7 @@ class Loop:
         out, cut, a = self.out, self.cut, self.activation
         share = f" // {cut.planes}" if cut.planes > 1 else ""
         out.line(f"k = tl.arange(0, BLOCK_K{share})" + "  # the columns of a plane" * bool(share))
-        widths = {w for p in self.kernel.products for w in (bits_of(self.kernel, p.weight), _id_bits(p.weight))}
+        widths = {w for p in self.kernel.products for w in (bits_of(self.kernel, p.weight), id_bits(p.weight.clusters))}
         for bits in sorted({min(a.bits, 8), *(min(w, 8) for w in widths)}, reverse=True):
             if bits > 1 or any(p.weight.ids for p in self.kernel.products):
                 for plane in range(cut.planes):
@@ -92,9 +93,9 @@ class Loop:
             out.line(f"{w.codes}_at = {w.codes}_ptr + across.to(tl.int64) * {row} + n[:, None] * {row}")
             out.line(f"{w.codes}_at += {_begin(bits)}")
             if w.ids:
-                row = self.stored * _id_bits(w) // 8
+                row = self.stored * id_bits(w.clusters) // 8
                 out.line(f"{w.ids}_at = {w.ids}_ptr + across.to(tl.int64) * {row} + n[:, None] * {row}")
-                out.line(f"{w.ids}_at += {_begin(_id_bits(w))}")
+                out.line(f"{w.ids}_at += {_begin(id_bits(w.clusters))}")
             if not w.group:
                 self._constants(product)
             out.line(f"{self.sums(product)} = tl.zeros((BLOCK_N, BLOCK_M), {cut.sums})")
@@ -132,7 +133,7 @@ class Loop:
             w = product.weight
             out.line(f"{w.codes}_at += BLOCK_K{_share(bits_of(self.kernel, w))}")
             if w.ids:
-                out.line(f"{w.ids}_at += BLOCK_K{_share(_id_bits(w))}")
+                out.line(f"{w.ids}_at += BLOCK_K{_share(id_bits(w.clusters))}")
         out.indent -= 1
 
     def _group(self, run: Run, size: int) -> int:
@@ -168,7 +169,7 @@ class Loop:
         bits = bits_of(self.kernel, w)
         self._load(w.codes, bits, f"{w.codes}_", bits == 16)
         if w.ids:
-            self._load(w.ids, _id_bits(w), f"{w.ids}_", False)
+            self._load(w.ids, id_bits(w.clusters), f"{w.ids}_", False)
 
     def _load_left(self, plane: int) -> str:
         """The name of the activation's operand of a plane, loaded and decoded where it is asked for first."""
@@ -286,7 +287,7 @@ class Loop:
 
     def _split(self, w: Weight, plane: int, codes: str) -> str:
         """The decoded weight of clusters: an id chooses scale and zero point."""
-        out, cut, bits = self.out, self.cut, _id_bits(w)
+        out, cut, bits = self.out, self.cut, id_bits(w.clusters)
         half = SPAN * bits // 8
         start = bits * (plane * cut.half // half)
         shift = f"{start}"
@@ -302,10 +303,6 @@ class Loop:
         if w.zero:
             out.line(f"w = {codes} - {chosen(w.zero)}")
         return f"{'w' if w.zero else codes} * {chosen(w.scale)}"
-
-
-def _id_bits(w: Weight) -> int:
-    return 1 if w.clusters <= 2 else 2
 
 
 def _share(bits: int) -> str:

@@ -312,14 +312,6 @@ def shape_of(value: Value | None) -> tuple[Any, ...]:
     return shape
 
 
-def static_shape(value: Value | None) -> tuple[int, ...] | None:
-    """The dims where all are static."""
-    shape = None if value is None else value.shape
-    if shape is None or not all(isinstance(dim, int) for dim in shape):
-        return None
-    return tuple(dim for dim in shape if isinstance(dim, int))
-
-
 def is_floating(value: Value | None) -> bool:
     return value is not None and isinstance(value.type, TensorType) and is_float(value.type.dtype)
 

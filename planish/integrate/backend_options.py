@@ -74,7 +74,7 @@ def read_options(options: Mapping[str, Any] | None, mode: str | None = None) -> 
     own = {key: given.pop(key) for key in OPTIONS if key in given}
     _known(given)
     recipe = own.get("recipe")
-    name, pipeline = _pipeline(DEFAULT if recipe is None else recipe)
+    name, pipeline = pipeline_of(DEFAULT if recipe is None else recipe)
     for key in ("validate", "strict", "cache"):
         _expect(key, own.get(key, False), bool, "True or False")
     _expect("seed", own.get("seed", 0), int, "an integer")
@@ -134,7 +134,7 @@ def _inner(name: Any, others: Mapping[str, Any]) -> str:
     return str(name)
 
 
-def _pipeline(recipe: Any) -> tuple[str, Pipeline]:
+def pipeline_of(recipe: Any) -> tuple[str, Pipeline]:
     """The name and the passes of a recipe by its name or file, or of a pipeline."""
     if isinstance(recipe, Pipeline):
         return str(recipe), recipe

@@ -23,10 +23,10 @@ from torch import nn
 from planish.capture.from_fx import arguments
 from planish.codegen.lower import Lower
 from planish.integrate.api import capture
-from planish.integrate.backend_options import DEFAULT, uncalibrated
+from planish.integrate.backend_options import DEFAULT, pipeline_of, uncalibrated
 from planish.integrate.convert import CalibrationOptions, Progress, _plain, run_pipeline
 from planish.integrate.optimized import QUANTISED, Optimization, OptimizedModule
-from planish.integrate.recipes import Recipe, load_recipe
+from planish.integrate.recipes import Recipe
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
@@ -111,11 +111,7 @@ def passes_of(recipe: Recipe | Pipeline | str | Path, *, calibrated: bool) -> tu
     Raises:
         PlanishError: no such recipe, or activations with calibrated ranges and no statistics.
     """
-    if isinstance(recipe, Pipeline) or (isinstance(recipe, str) and any(mark in recipe for mark in ",{")):
-        name, held = str(recipe), Pipeline(recipe) if isinstance(recipe, str) else recipe
-    else:
-        chosen = load_recipe(recipe)
-        name, held = chosen.name, chosen.passes()
+    name, held = pipeline_of(recipe)
     pipeline = Pipeline([p for p in held.passes if not isinstance(p, Lower)])
     if calibrated:
         return name, pipeline, []
