@@ -3,7 +3,8 @@
     python bench/gpu.py [--quick] [--json FILE] [--recipes w4a16 ...]
 
 Correctness first: every kernel of a decoder block under each recipe against its eager reference, at real sizes, with 1,
-7, 33, 128 and 512 rows. Only if nothing differs is anything timed, by `triton.testing.do_bench` (median, caches cold):
+7, 33, 128 and 512 rows (a gemm with closing steps on many rows: the two kernels that are launched then). Only if
+nothing differs is anything timed, by `triton.testing.do_bench` (median, caches cold):
 
 1. every such kernel beside its roofline time (`planish.codegen.cost`), in the launch that `tune` finds fastest;
 2. W4A16 (int4, groups of 128) and W8A8 linears of a 7 B model beside cuBLAS in float16, gemlite and torchao, which live
@@ -15,7 +16,7 @@ Where there is no GPU this says so and ends with 0.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,20 @@ def unique(recipes: list[str]) -> dict[Kernel, str]:
     return found
 
 
+def launches(kernels: Mapping[Kernel, str], rows: Iterable[int]) -> dict[Kernel, tuple[str, list[int]]]:
+    """What is launched for so many rows: each kernel with its recipe and the numbers of rows."""
+    from planish.codegen.gemm_parts import launched
+
+    found: dict[Kernel, tuple[str, list[int]]] = {}
+    for kernel, recipe in kernels.items():
+        for m in rows:
+            for part in launched(kernel, m):
+                at = found.setdefault(part, (recipe, []))[1]
+                if m not in at:
+                    at.append(m)
+    return found
+
+
 # -- correctness ---------------------------------------------------------------------------------
 
 
@@ -61,13 +76,14 @@ def wrong(kernels: Mapping[Kernel, str], rows: tuple[int, ...]) -> list[str]:
     from planish.codegen.triton import emit_kernel, load
 
     found = []
-    for number, kernel in enumerate(kernels, 1):
+    cases = launches(kernels, rows)
+    for number, (kernel, (_, at)) in enumerate(cases.items(), 1):
         emitted = emit_kernel(kernel)
         module = load(emitted)
-        for m in rows:
+        for m in at:
             found += [f"{emitted.name} at M = {m}: {line}" for line in module.differences(m, m, "cuda")]
         torch.cuda.empty_cache()
-        note(f"{number}/{len(kernels)} {emitted.name}: {'ok' if not found else found[-1]}")
+        note(f"{number}/{len(cases)} {emitted.name}: {'ok' if not found else found[-1]}")
     return found
 
 
@@ -88,10 +104,10 @@ def own_times(kernels: Mapping[Kernel, str], rows: tuple[int, ...], target: str)
     from planish.codegen.triton import emit_kernel, load
 
     found = []
-    for kernel, recipe in kernels.items():
+    for kernel, (recipe, at) in launches(kernels, rows).items():
         emitted = emit_kernel(kernel)
         module = load(emitted)
-        for m in rows:
+        for m in at:
             launch = module.tune(m)
             held = module.example(m, 0, "cuda")
             seconds = timed(lambda held=held, module=module, launch=launch: module.run(**held, launch=launch))
