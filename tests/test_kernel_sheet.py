@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from planish.codegen import configs, machine
+from planish.codegen import aot_worker, configs, machine
 from planish.codegen.aot import Failure, Job, compile_all, listing
 from planish.codegen.chips import CHIPS, chip
 from planish.codegen.cost import cost, least_size, step_operations, tile_order
 from planish.codegen.kernel_spec import Activation, Branch, Kernel, Product, Step, Tensor, Weight
 from planish.codegen.machine import Machine
 from planish.codegen.sheet import HEAD, Line, cells, job, parameters, record, sheet, text
+from planish.codegen.triton import emit_kernel
 from planish.codegen.triton_body import Parameter
 from planish.ir.errors import PlanishError
 
@@ -435,17 +436,36 @@ def test_problems_of_a_line() -> None:
     assert "boom" in text([line(None)])
 
 
+def test_products_that_warps_repeat() -> None:
+    """Eight warps on a tile of 16 x 64, all of them along its rows: each computes the whole tile."""
+    ir = """
+#mma = #ttg.amd_mfma<{version = 3, warpsPerCTA = [8, 1], instrShape = [16, 16, 16], isTransposed = true}>
+#mma1 = #ttg.nvidia_mma<{versionMajor = 2, versionMinor = 0, warpsPerCTA = [1, 8], instrShape = [16, 8]}>
+    %acc = tt.dot %a, %b, %c : tensor<16x128xf16, #ttg.dot_op<{opIdx = 0, parent = #mma}>> -> tensor<16x64xf32, #mma>
+"""
+    assert aot_worker.repeats(ir) == 8
+    assert aot_worker.repeats(ir.replace("64xf32, #mma>", "64xf32, #mma1>")) == 1
+    assert aot_worker.repeats(ir.replace("64xf32, #mma>", "32xf32, #mma1>")) == 2
+    assert aot_worker.repeats("tensor<16x64xf32>") == 1
+
+
 # -- a real compilation --------------------------------------------------------------------------
 
 
 def test_compilation_for_chips_that_are_not_here(tmp_path: Path) -> None:
     jobs = [job(FILE, target, {}) for target in ("sm_90", "gfx942")]
     jobs.append(Job(jobs[0].source, "missing", {}, {}, "sm_90"))
-    first, amd, failed = compile_all(jobs, cache=tmp_path)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "SPLIT_K": 1, "num_warps": 8}
+    jobs.append(job(emit_kernel(gemm(k=2048, n=256)).text, "gfx942", tile))
+    first, amd, failed, small = compile_all(jobs, cache=tmp_path)
     assert isinstance(first, Machine) and isinstance(amd, Machine)
     assert first.counts["tensor"] > 0 and first.spills == 0 and 0 < first.registers < 255 and first.wide > 0
     assert any(op.startswith("v_mfma_i32") for op in amd.tensor) and amd.registers > 0
     assert isinstance(failed, Failure) and "missing" in failed.reason
+    assert isinstance(small, Machine)
+    whole = machine.read_amd("gfx942", listing(jobs[3], tmp_path), small.shared, small.warps)
+    steps = small.loop_flops / (2 * 16 * 32 * 128)
+    assert steps >= 1 and steps == int(steps) and whole.loop_flops > small.loop_flops  # the tile is work for two warps
     assert "MMA" in listing(jobs[0], tmp_path)
     assert compile_all(jobs[:2], cache=tmp_path, python="/nowhere/python") == [first, amd]  # from the cache
     with pytest.raises(FileNotFoundError, match="not compiled yet"):

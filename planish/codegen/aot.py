@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from planish.codegen.machine import Machine, read_amd, read_nvidia
 Constant = int | float | bool | str | None
 WORKER = Path(__file__).with_name("aot_worker.py")
 LIMIT = 300  # seconds for one job
-_FORMAT = 3  # of a cache entry
+_FORMAT, _FORMAT_AMD = 3, 4  # of a cache entry; 4: with `repeats`, which is not 1 for small tiles on AMD's chips
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Job:
 
     def key(self) -> str:
         """The name of its entry in the cache."""
-        parts = [_FORMAT, version("triton"), self.source, self.request("")]
+        held = _FORMAT_AMD if self.target.startswith("gfx") else _FORMAT
+        parts = [held, version("triton"), self.source, self.request("")]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
@@ -137,16 +138,18 @@ def _parsed(job: Job, answer: Mapping[str, Any]) -> Machine | Failure:
     if "error" in answer:
         return Failure(job.target, str(answer["error"]))
     if job.target.startswith("gfx"):
-        return read_amd(job.target, answer["listing"], answer["shared"], answer["warps"])
-    return read_nvidia(
-        job.target,
-        answer["listing"],
-        answer["usage"],
-        answer["shared"],
-        answer["warps"],
-        answer["ptx"],
-        answer["columns"],
-    )
+        machine = read_amd(job.target, answer["listing"], answer["shared"], answer["warps"])
+    else:
+        machine = read_nvidia(
+            job.target,
+            answer["listing"],
+            answer["usage"],
+            answer["shared"],
+            answer["warps"],
+            answer["ptx"],
+            answer["columns"],
+        )
+    return replace(machine, loop_flops=machine.loop_flops / answer.get("repeats", 1.0))
 
 
 def _serve(

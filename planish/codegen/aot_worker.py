@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,32 @@ def constant(value: Any) -> Any:
     return value
 
 
+_LAYOUT = re.compile(r"^(#\w+) = #ttg\.(?:amd_mfma|amd_wmma|nvidia_mma)<\{(.*)\}>", re.MULTILINE)
+_DOT = re.compile(r"(?:tt\.dot|ttng\.warp_group_dot)\b.* -> tensor<(\d+)x(\d+)x\w+, (#\w+)>")
+
+
+def repeats(ttgir: str) -> float:
+    """How often a product of a tile is computed: warps for which a tile is too small do the work of others again.
+
+    Args:
+        ttgir: Triton's IR with layouts; those of `tcgen05`, which a block issues once, count as 1.
+    """
+    layouts: dict[str, tuple[list[int], list[int]]] = {}
+    for name, text in _LAYOUT.findall(ttgir):
+        warps = re.search(r"warpsPerCTA = \[([\d, ]+)\]", text)
+        shape = re.search(r"instrShape = \[([\d, ]+)\]", text)
+        if warps and shape:
+            layouts[name] = ([int(n) for n in warps[1].split(",")], [int(n) for n in shape[1].split(",")])
+    issued = useful = 0.0
+    for rows, columns, name in _DOT.findall(ttgir):
+        if name in layouts:
+            warps_, shape_ = layouts[name]
+            covered = [max(int(n), w * s) for n, w, s in zip((rows, columns), warps_, shape_, strict=False)]
+            issued += covered[0] * covered[1]
+            useful += int(rows) * int(columns)
+    return issued / useful if useful else 1.0
+
+
 def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     """Machine code of one job, as text."""
     import triton
@@ -90,6 +117,7 @@ def compile_job(job: dict[str, Any]) -> dict[str, Any]:
     about = made.metadata
     answer: dict[str, Any] = {"shared": about.shared, "warps": about.num_warps}
     answer["columns"] = getattr(about, "tmem_size", 0)
+    answer["repeats"] = repeats(made.asm["ttgir"])
     if amd:
         return answer | {"listing": made.asm["amdgcn"], "usage": "", "ptx": ""}
     listing, usage = disassemble(made.asm["cubin"])

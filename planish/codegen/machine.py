@@ -85,7 +85,7 @@ class Machine:
             more (and bulk copies), or less.
         loop_wide: the wide ones of the main loop.
         loop_flops: operations (2 a multiplication with its sum) of the tensor cores in one turn of the main loop, for
-            the whole block.
+            the whole block; as `aot` gives it, those that warps repeat are left out.
         instructions: of the whole kernel.
     """
 
