@@ -43,7 +43,7 @@ LLAMA = "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS
 ROUNDS, RUNS, QUICK_ROUNDS, QUICK_RUNS = 30, 3, 5, 2
 SENTENCES, QUICK_SENTENCES = 496, 96  # whole batches of 8
 PROFILED = ("Inductor bf16", "planish W8A8 fp32", "planish W8A8 bf16", "planish W4A16 fp32", "planish W4A16 bf16")
-GEMM_WORDS = ("gemm", "linear", "addmm", "_mm", "matmul", "packed")
+GEMM_WORDS = ("gemm", "chain_of", "linear", "addmm", "_mm", "matmul", "packed")
 Figures = dict[str, Any]
 
 

@@ -154,7 +154,14 @@ def _weight(
     name, rows = f"weight{i or ''}", case.outputs
     if case.weight == "float":
         w = numbers((rows, case.columns), "normal", rng)
-        return Weight("float", name), {name: w}, w, [Tensor(name, "float", (rows, case.columns), "weight")]
+        plain = [Tensor(name, "float", (rows, case.columns), "weight")]
+        if not zero:
+            return Weight("float", name), {name: w}, w, plain
+        sums = f"{name}_sums"  # as of codes: what zero points of activations are multiplied with
+        plain.append(Tensor(sums, "f32", (rows,), "weight"))
+        kind = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[case.dtype]
+        held = torch.from_numpy(w).to(kind).double().sum(1)  # of the weights as the kernel holds them
+        return Weight("float", name, sums=sums), {name: w, sums: held.numpy()}, w, plain
     q = weight_of(case, rng)
     packed = containers.pack(q, "triton")
     bits, clusters = packed.number("bits"), packed.number("clusters")

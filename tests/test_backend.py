@@ -74,11 +74,13 @@ def test_mode_and_options_are_inductors(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch, "_TorchCompileInductorWrapper", inductor)
     model, x = filled(Block(), 1), numbers(4, 32)
     options = {"recipe": "w8a8-token", "target": "aten", "max_autotune": True, "triton.cudagraphs": False}
+    options["size_asserts"] = True
     with cases.fresh_warnings([]):
         torch.compile(model, backend="planish", options=options)(x)
     torch._dynamo.reset()
     torch.compile(model, backend="planish", mode="reduce-overhead")(x)
-    assert given == [(None, {"max_autotune": True, "triton.cudagraphs": False}), ("reduce-overhead", {})]
+    own = {"max_autotune": True, "triton.cudagraphs": False, "size_asserts": True}
+    assert given == [(None, {**backend_module.UNCHECKED, **own}), ("reduce-overhead", backend_module.UNCHECKED)]
 
 
 @pytest.mark.parametrize("recipe", ["w4a16", "w4a8", "w8a8-dynamic", "splitquant", "smoothquant", "w4a4"])

@@ -161,3 +161,95 @@ def test_embeddings_are_pooled_over_the_mask(bench: types.SimpleNamespace, monke
     case = bench.models.case_of("minilm 1x128")
     rows = backend_worker.pooled(lambda given: states, case, ["a", "ab"])
     np.testing.assert_allclose(rows, [[1.0, 0.0], [0.6, 0.8]])
+
+
+# -- backend_ops ---------------------------------------------------------------------------------
+
+
+class Heads(torch.nn.Module):
+    """Attention of two heads over the rows of one text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (layer(x).reshape(1, -1, 2, 32).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        mixed = torch.nn.functional.scaled_dot_product_attention(4 * q, k, v)
+        return mixed.transpose(1, 2).reshape(-1, 64)
+
+
+def ops_of(bench: types.SimpleNamespace, recipe: str, *more: torch.nn.Module) -> Any:
+    """What comparing the ops of a small model finds."""
+    import backend_ops
+
+    torch.random.manual_seed(0)
+    layers = [torch.nn.LayerNorm(64), torch.nn.Linear(64, 128), torch.nn.GELU(), torch.nn.Linear(128, 64)]
+    model = torch.nn.Sequential(*layers, *more).requires_grad_(False)
+    evaluated = backend_ops.Evaluated({"recipe": recipe}, compared=True)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        x = torch.randn(32, 64)
+        made = torch.compile(model, backend=evaluated)(x)
+    assert evaluated.graphs == 1
+    assert 0 < (made - model(x)).norm() / model(x).norm() < 0.2
+    return evaluated.ops
+
+
+def test_kernels_compute_what_the_evaluator_does(bench: types.SimpleNamespace) -> None:
+    ops = ops_of(bench, "raise,quantize{activations=int8:token}")
+    assert ops.kernels == 3
+    assert ops.codes == 32 * (64 + 128)
+    assert ops.far <= 1 and ops.share < 0.01
+    assert ops.floats < 1e-5
+    ops = ops_of(bench, "raise,quantize{weights=int4:g32}")
+    assert ops.kernels == 3  # the norm too
+    assert 0 < ops.floats < 1e-5
+
+
+@pytest.mark.parametrize("recipe", ["raise,quantize{activations=int8:token}", "raise,quantize{weights=int4:g32}"])
+def test_attention_keeps_its_bound(bench: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    """That of bf16 where activations are quantised, else that of float32, which bf16 does not keep."""
+    import backend_ops
+
+    ops = ops_of(bench, recipe, Heads())
+    assert ops.attentions == 1 and 0 < ops.attention < 1
+    assert ops.floats < 1e-5 and ops.far <= 1
+    right = backend_ops.attention_bound
+    monkeypatch.setattr(backend_ops, "attention_bound", lambda *given, half: right(*given, half=False))
+    assert (ops_of(bench, recipe, Heads()).attention > 1) == ("int8" in recipe)
+
+
+@pytest.mark.parametrize("recipe", ["raise,quantize{activations=int8:token}", "raise,quantize{weights=int4:g32}"])
+def test_a_wrong_scale_is_seen(bench: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    from planish.codegen import torch_regions
+
+    right = torch_regions.emit
+
+    def wrong(*given: Any, **options: Any) -> Any:
+        module = right(*given, **options)
+        scales = [t for name, t in module.named_buffers() if "scale" in name and t.is_floating_point()]
+        assert scales
+        scales[-1].mul_(1.001)
+        return module
+
+    monkeypatch.setattr(torch_regions, "emit", wrong)
+    assert ops_of(bench, recipe).floats > 1e-4
+
+
+def test_a_code_off_by_two_is_seen(bench: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    import backend_ops
+
+    right = backend_ops._recorded
+
+    def wrong(*given: Any) -> dict[str, Any]:
+        found = right(*given)
+        for held in found.values():
+            for tensor in held if isinstance(held, tuple) else ():
+                if tensor.dtype == torch.int8:
+                    tensor[0, :8] = torch.where(tensor[0, :8] > 0, tensor[0, :8] - 2, tensor[0, :8] + 2)
+        return found
+
+    monkeypatch.setattr(backend_ops, "_recorded", wrong)
+    ops = ops_of(bench, "raise,quantize{activations=int8:token}")
+    assert ops.far >= 2 and ops.differing >= 8

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import backend_cases as cases
@@ -13,6 +15,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 TOLERANCE = 2e-6
+EXAMPLE = str(Path(__file__).parents[1] / "examples" / "generate_text.py")
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +204,25 @@ def test_a_static_cache() -> None:
         found.append(run(text[:, t : t + 1], past_key_values=cache, cache_position=torch.tensor([t])).logits)
     close(torch.cat(found, 1), whole(model, text), TOLERANCE)
     assert compiles() == 2
+
+
+def test_the_example_compiles_twice() -> None:
+    """A prompt and a token; the second text, of another length, finds both."""
+    import transformers
+
+    model, text = language_model("gemma3_text", head_dim=8), tokens(1, 5)
+    write = runpy.run_path(EXAMPLE)["write"]
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    expected = text
+    for _ in range(6):
+        expected = torch.cat([expected, whole(model, expected)[:, -1:].argmax(-1)], 1)
+    write(model, cache, text, 2)  # in float, as the example does
+    run = compiled(model)
+    before = compiles()
+    write(run, cache, text, 2)
+    made, speed = write(run, cache, text, 6)
+    assert made == expected[0, 5:].tolist() and speed > 0
+    assert compiles() - before == 2
 
 
 def test_a_sliding_window() -> None:

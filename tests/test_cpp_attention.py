@@ -28,9 +28,18 @@ PLAIN = AttentionForm("f32", 32, 32, 32**-0.5, "bool", safe=True)
 CAUSAL = AttentionForm("f32", 64, 64, 0.125, causal=True, safe=True, half=True)
 ODD = AttentionForm("f32", 40, 24, 0.3, "f32", sinks=True)
 CAPPED = AttentionForm("f32", 64, 64, 0.125, softcap=5.0)
+HALF = replace(PLAIN, half=True)
 FORMS = {  # form: batch, heads, key heads, rows, keys
-    PLAIN: [(2, 4, 4, 33, 70), (1, 2, 2, 9, 1100), (1, 3, 3, 1, 257), (2, 2, 1, 2, 5), (1, 1, 1, 0, 3)],
-    replace(PLAIN, half=True): [(2, 4, 4, 33, 70), (1, 2, 2, 9, 1100), (1, 4, 1, 4, 33)],
+    PLAIN: [
+        (2, 4, 4, 33, 70),
+        (1, 2, 2, 9, 1100),
+        (1, 3, 3, 1, 257),
+        (2, 2, 1, 2, 5),
+        (2, 2, 2, 12, 70),
+        (1, 6, 6, 2, 1100),
+        (1, 1, 1, 0, 3),
+    ],
+    HALF: [(2, 4, 4, 33, 70), (1, 2, 2, 9, 1100), (1, 4, 1, 4, 33), (1, 4, 2, 70, 70)],
     CAUSAL: [(1, 4, 2, 70, 70), (1, 2, 2, 40, 600), (2, 2, 2, 3, 9)],
     ODD: [(2, 4, 2, 9, 70), (1, 2, 1, 1, 600), (1, 1, 1, 5, 1)],
     replace(ODD, half=True): [(2, 4, 2, 9, 71)],
@@ -50,7 +59,7 @@ def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def operands(form: AttentionForm, sizes: tuple[int, ...], seed: int) -> list[torch.Tensor]:
-    """q, k, v as heads of rows that lie together, a mask with one row that is masked throughout, sinks."""
+    """q, k, v as heads of rows that lie together, a mask (a row that is masked throughout, or padding), sinks."""
     batch, heads, shared, rows, keys = sizes
     g, kind = torch.Generator().manual_seed(seed), KINDS[form.dtype]
     whole = torch.randn(batch, keys, shared * (form.depth + form.width), generator=g).to(kind)
@@ -63,6 +72,12 @@ def operands(form: AttentionForm, sizes: tuple[int, ...], seed: int) -> list[tor
     if form.mask == "bool":
         mask = torch.rand(batch, 1, rows, keys, generator=g) > 0.3
         mask[:, :, : min(rows, 1)] = False
+        if rows == 12:  # padding: a batch that is whole, others that are not
+            mask = mask[:, :, 1:2] & (torch.arange(keys) < keys - 35) | (torch.arange(batch) == 0)[:, None, None, None]
+        if rows == keys:
+            mask = torch.ones(rows, keys).tril().bool()
+        if keys == 5:
+            mask = mask.transpose(2, 3).contiguous().transpose(2, 3)
         found.append(mask)
     elif form.mask:
         found.append((torch.randn(heads, 1, keys, generator=g) * 2).to(KINDS[form.mask]))
@@ -118,6 +133,19 @@ def test_forms(target: str, seed: int) -> None:
                 assert (result.double() - wanted).nan_to_num().abs().mean() <= 4 * H * size, (form, sizes)
 
 
+def test_what_is_no_number_stays_none(target: str, seed: int) -> None:
+    for form in (replace(PLAIN, mask=""), replace(HALF, mask="")):
+        run = built(form)
+        for rows in (2, 11):
+            given = operands(form, (1, 2, 2, rows, 40), seed)
+            before = run(*given)  # type: ignore[operator]
+            given[0][0, 1, 1, 5] = torch.nan
+            made = run(*given)  # type: ignore[operator]
+            assert made[0, 1, 1].isnan().all()
+            made[0, 1, 1] = before[0, 1, 1]
+            assert torch.equal(made, before)
+
+
 def test_threads_do_not_change_a_bit(target: str, seed: int) -> None:
     run, given = built(CAUSAL), operands(CAUSAL, (1, 2, 1, 300, 300), seed)
     before = torch.get_num_threads()
@@ -140,10 +168,62 @@ def test_the_op(seed: int) -> None:
     assert torch.equal(kernel.op(*turned, given[3]), made)
     compiled = torch.compile(lambda q, k, v, m: kernel.op(q, k, v, m) * 2, backend="aot_eager", dynamic=True)
     assert torch.equal(compiled(*given), made * 2)
-    with pytest.raises(PlanishError, match=r"attention: expected torch.float32 \[B, H, T, 32\]"):
+    with pytest.raises(RuntimeError, match=r"q: expected shape \[B, H, T, 32\], got \[2, 4, 6, 32\], of another dtype"):
         kernel.op(given[0].double(), *given[1:])
-    with pytest.raises(PlanishError, match=r"got torch.float32 \[2, 4, 6, 32\], torch.float32 \[2, 2, 8, 32\]"):
+    with pytest.raises(RuntimeError, match=r"v: expected shape \[2, 2, 8, 32\], got \[2, 2, 9, 32\]"):
         kernel.op(given[0], given[1][:, :, :8], *given[2:])
+    with pytest.raises(RuntimeError, match=r"k: expected shape \[2, G, S, 32\], got \[2, 9, 32\]"):
+        kernel.op(given[0], given[1][0], *given[2:])
+    with pytest.raises(
+        RuntimeError, match=r"mask: expected shape \[2, 4, 6, 9\], got \[2, 1, 6, 9\], of another dtype"
+    ):
+        kernel.op(*given[:3], given[3].float())
+    with pytest.raises(RuntimeError, match="heads are not shared evenly"):
+        kernel.op(given[0][:, :3], *given[1:])
+
+
+def test_native_and_python(seed: int) -> None:
+    """Both ways from torch to a kernel give the same bits, for all ways in which a mask is broadcast."""
+    for form in (PLAIN, AttentionForm("f16", 16, 48, 0.25, "f16")):
+        kernel = cpp_attention.kernel(form)
+        python = cpp_attention.runner(form, cpp_build.start(kernel.text, kernel.name))
+        given = operands(form, (2, 4, 2, 6, 9), seed)
+        for mask in (given[3], given[3][-1], given[3][:1, :1, :1], given[3][..., :1, 3:4], given[3][0, 0, 0]):
+            one, two = kernel.op(*given[:3], mask), python(*given[:3], mask)
+            assert torch.equal(one, two) and one.stride() == two.stride()
+            assert far(form, one, [*given[:3], mask]) <= 1.0
+    run = built(PLAIN)
+    given = operands(PLAIN, (2, 4, 2, 6, 9), seed)
+    with pytest.raises(PlanishError, match=r"attention: expected torch.float32 \[B, H, T, 32\]"):
+        run(given[0].double(), *given[1:])  # type: ignore[operator]
+    with pytest.raises(PlanishError, match=r"got torch.float32 \[2, 4, 6, 32\], torch.float32 \[2, 2, 8, 32\]"):
+        run(given[0], given[1][:, :, :8], *given[2:])  # type: ignore[operator]
+    with pytest.raises(PlanishError, match="heads are not shared evenly"):
+        run(given[0][:, :3], *given[1:])  # type: ignore[operator]
+
+
+def test_rows_that_see_nothing(seed: int) -> None:
+    """All keys of a batch masked, for few rows and many, one chunk of keys and two; and of the first chunk only."""
+    form = replace(HALF, safe=False)
+    run = built(form)
+    for rows, keys in ((2, 40), (12, 40), (12, 600), (12, 1100)):
+        given = operands(form, (2, 2, 2, rows, keys), seed)
+        given[3] = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+        given[3][0] = False
+        given[3][1, ..., : keys // 2] = False
+        made = run(*given)  # type: ignore[operator]
+        assert made[0].isnan().all() and far(form, made, given) <= 1.0
+        given[3] = given[3].expand(2, 1, rows, keys).contiguous()
+        assert torch.equal(run(*given).nan_to_num(9.0), made.nan_to_num(9.0))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (1, 2, 0, 5), (2, 2, 3, 0), (1, 2, 7, 0)], ids=str)
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    batch, heads, rows, keys = shape
+    q, k = torch.randn(batch, heads, rows, 32), torch.randn(batch, heads, keys, 32)
+    mask = torch.ones(batch, 1, rows, keys, dtype=torch.bool)
+    made = cpp_attention.kernel(PLAIN).op(q, k, k, mask)
+    assert made.shape == q.shape and not made.any()
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -195,17 +275,31 @@ def test_forms_of_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- wrong on purpose ----------------------------------------------------------------------------
 
 WRONG = [
-    (PLAIN, "line[j] ? scores[j] : -__builtin_inff()", "line[j] ? -__builtin_inff() : scores[j]"),
-    (PLAIN, "total[r] = total[r] * grown +", "total[r] = total[r] +"),
-    (PLAIN, "sums[r * WIDTH + e] *= grown", "sums[r * WIDTH + e] *= 1.0f"),
-    (PLAIN, "F::SAFE && ", "false && "),
-    (CAUSAL, "own.place + 1 > start ? own.place + 1 - start", "own.place + 2 > start ? own.place + 2 - start"),
+    (PLAIN, "bits |= (uint32_t)(line[j * step] != 0) << j", "bits |= (uint32_t)(line[j * step] == 0) << j"),
+    (PLAIN, "_mm256_test_epi8_mask(held, held)", "_mm256_testn_epi8_mask(held, held)"),
+    (PLAIN, "total = total * growth.factor +", "total = total +"),
+    (PLAIN, "gemm::each(grown[r])", "gemm::each(1.0f)"),
+    (PLAIN, "sums[r * WIDTH + e] *= growth.grown[r]", "sums[r * WIDTH + e] *= 1.0f"),
+    (PLAIN, "if constexpr (F::SAFE) inverse", "if constexpr (false) inverse"),
+    (ODD, "there = count >= BLOCK ? ~0u", "there = count >= 0 ? ~0u"),
+    (PLAIN, "        if (!alike(s)) return end;\n", ""),
+    (PLAIN, "if (r == 0 || !same)", "if (r == 0)"),
+    (PLAIN, "!line[(end - 1) * s.mask[3]]", "line[(end - 1) * s.mask[3]]"),
+    (HALF, "if (kept(line, s.mask[3], end - start)) return end;",
+     "if (kept(line, s.mask[3], end - start)) return start;"),
+    (ODD, "all &= row::wide(line[j]) == 0.0f", "all &= true"),
+    (HALF, "_mm512_slli_epi16(_mm512_permutex2var_epi16(less[0], words, less[1]), 7)",
+     "_mm512_slli_epi16(_mm512_permutex2var_epi16(less[1], words, less[0]), 7)"),
+    (HALF, "_mm512_set1_ps(base[r] - 400.0f)", "_mm512_set1_ps(base[r] - 4.0f)"),
+    (CAUSAL, "end = own[r].place + 1 - start", "end = own[r].place + 2 - start"),
     (CAUSAL, "Row{own.head + 1, 0}", "Row{own.head, 0}"),
+    (CAUSAL, "together ? Row{at.head, at.place + r}", "together ? Row{at.head, at.place}"),
+    (PLAIN, "next.scores = own, next.from += KEYS", "next.from += KEYS"),
     (CAUSAL, "(const Sizes &s, int64_t head, int64_t index) {\n    return Row{head * (s.heads / s.shared)",
      "(const Sizes &s, int64_t head, int64_t index) {\n    return Row{head"),
-    (ODD, "total += power(sink - top);", ""),
-    (ODD, "row::wide(line[j]), LOG2E", "row::wide(line[j]), 1.4f"),
-    (CAPPED, "factor = s.softcap * LOG2E", "factor = LOG2E"),
+    (ODD, "total * factor + powers(sink > state.top", "total * factor + 0.0f * powers(sink > state.top"),
+    (ODD, "larger(mask * LOG2E, least)", "larger(mask * 1.4f, least)"),
+    (CAPPED, "(s.softcap * LOG2E)", "LOG2E"),
     (CAPPED, "bent = (1.0f - e) / (1.0f + e)", "bent = (1.0f - e)"),
 ]  # fmt: skip
 
@@ -216,6 +310,9 @@ def test_wrong_kernels_are_seen(
     form: AttentionForm, right: str, wrong: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setenv("PLANISH_CACHE", str(tmp_path))
+    monkeypatch.delenv("PLANISH_CPP_ARCH", raising=False)
+    if right.startswith("_mm") and not all(f"avx512{part}" in cpp_build._machine() for part in ("bw", "vl", "_bf16")):
+        pytest.skip("this machine does not run that piece")
     run = built(form, right, wrong)
     worst = []
     for sizes in FORMS[form]:

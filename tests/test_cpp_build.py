@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -90,3 +91,17 @@ def test_a_forked_process_compiles_by_itself() -> None:
     pending = cpp_build.start(ANSWER % 5, "answer")
     pending._process = os.getpid() + 1  # as if it were started by the parent
     assert pending.library().answer() == 5
+
+
+def test_constants_are_each_library_s_own(cache: Path) -> None:
+    """One text is compiled once; what it leaves open is set in copies."""
+    text = """extern "C" {
+static float constants[2];
+void set_constants(const float *given) { __builtin_memcpy(constants, given, sizeof constants); }
+float difference() { return constants[0] - constants[1]; }
+}"""
+    made = [cpp_build.start(text, "open", given).library() for given in ((3.0, 1.0), (1.0, 3.0), (3.0, 1.0))]
+    for library in made:
+        library.difference.restype = ctypes.c_float
+    assert [library.difference() for library in made] == [2.0, -2.0, 2.0]
+    assert len(list(cache.glob("open_*.so"))) == 3 and len(list(cache.glob("*.cpp"))) == 1

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from gemm_cases import Case, Made, build
 from test_kernels_gemm import CLOSINGS, EPILOGUES, LEFTS, VALUES, WEIGHTS, N, epilogue, far, fill, step
 
 from planish.codegen import cpp, cpp_build, cpp_gemm, cpp_pack, triton_source
-from planish.codegen.kernel_spec import Kernel
+from planish.codegen.kernel_spec import Kernel, Tensor
 from planish.codegen.triton_check import check_text, example_text
 from planish.ir.errors import PlanishError
 
@@ -42,7 +44,7 @@ def compiled(kernel: Kernel, dtype: str, build_for: str = "native") -> Callable[
     """A kernel's function for an architecture, on inputs and prepared weights."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PLANISH_CPP_ARCH", build_for)
-        pending = cpp_build.start(cpp.text_of(kernel, dtype), "kernel")
+        pending = cpp_build.start(cpp.text_of(kernel, dtype), "kernel", cpp.constants_of(kernel))
         pending.library()
     return cpp.runner(kernel, dtype, pending)
 
@@ -152,6 +154,27 @@ def test_branches_and_products_that_share_an_activation() -> None:
     check(Case("int4:g64", "i4:g64", OUTPUTS, 128, products=2, ranks=(32, 5), bias=True, dtype="f16"))
 
 
+@pytest.mark.parametrize("outputs", [32, 96])
+def test_nothing_is_written_behind_the_result(outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels have 64 columns: with 32 or 96 outputs the last one holds tiles that lie behind the result."""
+    case = Case("int4:g32", "float", outputs, COLUMNS, bias=True, dtype="f32")
+    kernel = build(case, 1, seed=1).kernel
+    memory: list[torch.Tensor] = []
+
+    def empty(shape: list[int], *, dtype: torch.dtype) -> torch.Tensor:
+        memory.append(torch.full((math.prod(shape) + 256,), 7.0, dtype=dtype))
+        return memory[-1][: math.prod(shape)].view(shape)
+
+    pending = cpp_build.start(cpp.text_of(kernel, "f32"), "kernel", cpp.constants_of(kernel))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", empty)
+        run = cpp.runner(kernel, "f32", pending)
+    for count in (1, 7, 24, 70):
+        made = build(case, count, seed=count)
+        assert problems(case, made, results(made, run, "f32")) == [], count
+        assert bool((memory.pop()[-256:] == 7.0).all()), count
+
+
 def test_float_zero_points() -> None:
     check(Case("uint4:g32", "float", OUTPUTS, 96, float_zero=True, dtype="f32"))
 
@@ -216,6 +239,34 @@ def test_closing(name: str, dtype: str) -> None:
         finally:
             torch.set_num_threads(before)
         assert kernel_oracle.problems(made.kernel, expected, got, dtype) == [], rows
+
+
+def floored(floor: float) -> Kernel:
+    """gelu and codes from -floor on, as calibration chooses it."""
+    options = {"bits": 8, "signed": True, "mode": "floor", "levels": 255.0, "low": -128, "high": 127, "floor": floor}
+    tensors = (Tensor("y", "float", ("M", N), "scratch"), Tensor("codes", "i8", ("M", 128), "output"),
+               Tensor("scale", "f32", ("M",), "output"), Tensor("zero", "i8", ("M",), "output"))  # fmt: skip
+    closing = (step("quantize_token", "y", "codes scale zero", **options),)
+    case = Case("int8:channel", "i8:token", N, 96, dtype="f32", steps=(step("gelu", "acc", "y", approximate="none"),),
+                closing=closing, tensors=tensors, stored=False)  # fmt: skip
+    return build(case, 130).kernel
+
+
+def test_numbers_that_calibration_chooses_are_no_text() -> None:
+    """Kernels that differ in them alone are compiled once and do what is theirs."""
+    one, two = (cpp.kernel(floored(floor), "f32") for floor in (0.17, 0.21))
+    assert one.text == two.text and one.name != two.name and one is cpp.kernel(floored(0.17), "f32")
+    held = build(Case("int8:channel", "i8:token", N, 96, dtype="f32"), 130).held
+    found = []
+    for made in (one, two, one):
+        wanted = named(made.kernel, made.reference(**{n: held[n] for n in (*made.inputs, *made.weights)}))
+        weights = made.prepare({n: held[n] for n in made.weights})
+        got = named(made.kernel, made.op(*(held[n] for n in made.inputs), *weights.values()))
+        assert torch.equal(got["zero"], wanted["zero"])
+        assert torch.allclose(got["scale"], wanted["scale"], rtol=1e-6)
+        assert int((got["codes"].int() - wanted["codes"].int()).abs().max()) <= 1
+        found.append(got["scale"])
+    assert not torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 # -- the kernels of real plans -------------------------------------------------------------------
@@ -283,7 +334,64 @@ def test_wrong_kernels_are_rejected(weight: str, left: str, text: str, instead: 
     assert text in whole
     assert far(case, made, results(made, compiled(made.kernel, "f32"), "f32")) == []
     wrong = cpp.runner(made.kernel, "f32", cpp_build.start(whole.replace(text, instead), "wrong"))
-    assert far(case, made, results(made, wrong, "f32")) != []
+    other = build(case, 133, seed=1)  # rows that are left out hold what was in memory: the results above
+    assert far(case, other, results(other, wrong, "f32")) != []
+
+
+# -- tile registers ------------------------------------------------------------------------------
+
+EMULATED = "#define EMULATE_TILES\n"  # the loops of dot_amx.h, with plain C++ for what AMX does
+TILED = [
+    ("int8:channel", "i8:token", "f32"), ("int4:g64", "i8:token", "f32"), ("uint2:g64", "i8:token", "f32"),
+    ("uint8:channel", "u8:token", "f16"), ("int4:channel", "i4:token", "bf16"), ("uint8:g64", "float", "bf16"),
+    ("float", "float", "bf16"), ("int2:g64:split2", "float", "bf16"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("weight", "left", "dtype"), TILED)
+def test_tile_registers(weight: str, left: str, dtype: str) -> None:
+    """On this machine by emulation; blocks of 32 rows and more, the last of which begins early, and of fewer."""
+    case = Case(weight, left, OUTPUTS, COLUMNS, products=2, bias=True, dtype=dtype)
+    for rows in (31, 33, 133):
+        made = build(case, rows)
+        text = cpp.text_of(made.kernel, dtype)
+        assert "tile_products<" in text or "tile_pairs(sum" in text
+        run = cpp.runner(made.kernel, dtype, cpp_build.start(EMULATED + text, "tiled"))
+        assert problems(case, made, results(made, run, dtype)) == [], rows
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("TILE_LOAD(7, at + 64, 256);", "TILE_LOAD(7, at, 256);"),
+        ("TILE_LOAD(5, left + 16 * step, step);", "TILE_LOAD(5, left + 15 * step, step);"),
+        ("TILE_STORE(2, &sum[16][0], 128);", "TILE_STORE(2, &sum[16][1], 128);"),
+        ("unit += EACH, left += 64", "unit += EACH, left += 0"),
+    ],
+)
+def test_wrong_tiles_are_found_by_the_process_or_the_tests(text: str, instead: str) -> None:
+    """A tile that multiplies wrongly is not used: its own check finds it. Without the check the numbers are wrong."""
+    case = Case("int8:channel", "i8:token", OUTPUTS, COLUMNS, dtype="f32")
+    made = build(case, 133)
+    whole = EMULATED + cpp.text_of(made.kernel, "f32")
+    assert text in whole
+    wrong = whole.replace(text, instead)
+    if "left += 0" not in instead:  # the check has one turn of the loop
+        run = cpp.runner(made.kernel, "f32", cpp_build.start(wrong, "wrong"))
+        assert far(case, made, results(made, run, "f32")) == []
+    unchecked = wrong.replace("static const bool ready = tiles_right();", "static const bool ready = true;")
+    run = cpp.runner(made.kernel, "f32", cpp_build.start(unchecked, "wrong"))
+    assert far(case, made, results(made, run, "f32")) != []
+
+
+def test_amx_is_what_is_written_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code for a processor that has tile registers; it is not run here."""
+    monkeypatch.setenv("PLANISH_CPP_ARCH", "sapphirerapids")
+    for weight, left, dtype, word in (TILED[0][:3] + ("tdpbsud",), TILED[6][:3] + ("tdpbf16ps",)):
+        made = build(Case(weight, left, OUTPUTS, COLUMNS, dtype=dtype), 1)
+        library = cpp_build.build(cpp.text_of(made.kernel, dtype), "amx")
+        done = subprocess.run(["objdump", "-d", str(library)], capture_output=True, text=True, check=True)
+        assert word in done.stdout and "ldtilecfg" in done.stdout
 
 
 # -- the op --------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def test_regions_compute_the_graph(recipe: str) -> None:
         made = quantised(graph, recipe, batches)
         check(select(made), inputs_of(graph))
         check(select(made, Options(closing=False)), inputs_of(graph))
+        check(select(made, Options(norms=128)), inputs_of(graph))
 
 
 FORMATS = (
@@ -134,13 +135,15 @@ FORMATS = (
 
 
 @settings(max_examples=40)
-@given(steps, st.integers(0, 99), st.sampled_from(FORMATS), st.booleans())
-def test_random_graphs(plan: list[tuple[int, int, int, int]], seed: int, passes: str, closing: bool) -> None:
+@given(steps, st.integers(0, 99), st.sampled_from(FORMATS), st.booleans(), st.sampled_from((0, 128)))
+def test_random_graphs(
+    plan: list[tuple[int, int, int, int]], seed: int, passes: str, closing: bool, norms: int
+) -> None:
     graph = random_graph(plan, seed)
     rng = np.random.default_rng(seed)
     shape = [int(str(d)) for d in graph.inputs[0].shape or ()]
     batch = {"x": rng.normal(size=shape).astype(np.float32), "ids": rng.integers(0, 7, (2, 3))}
-    check(select(quantised(graph, passes, [batch]), Options(closing=closing)), batch)
+    check(select(quantised(graph, passes, [batch]), Options(closing=closing, norms=norms)), batch)
 
 
 @pytest.mark.slow
@@ -386,6 +389,25 @@ def test_a_norm_that_others_read_is_an_output_beside_the_codes() -> None:
     for kernel in found[:2]:  # norm0 and norm1 are residuals too
         assert {t.name for t in kernel.tensors if t.role == "output"} >= {"out", "codes", "scale"}
         assert kernel.steps[-1].row == "quantize_token"
+
+
+def test_a_norm_ends_the_gemm_that_makes_its_rows_where_it_may() -> None:
+    """Rows of up to so many columns; what others read of it goes out beside the codes."""
+    graph, batches = post_norm(), data(samples=2)
+    made = quantised(graph, TOKEN, batches)
+    columns = {r.kernel.outputs for r in select(made).kernels if r.kernel and r.kernel.kind == "gemm"}
+    wide = max(columns)
+    for options in (Options(), Options(norms=min(columns) - 1), Options(norms=wide, closing=False)):
+        plan = select(made, options)
+        assert any(r.kernel and r.kernel.steps[0].row == "layer_norm" for r in plan.kernels if r.kind == "prologue")
+        assert "a norm starts a kernel of its own, whose rows are spread over the whole chip" in reasons(plan).values()
+    plan = select(made, Options(norms=wide))
+    prologues = [r.kernel.steps[0].row for r in plan.kernels if r.kind == "prologue" and r.kernel]
+    closing = [k for r in plan.kernels if (k := r.kernel) and any(s.row == "layer_norm" for s in k.closing)]
+    assert len(closing) >= 2 and prologues.count("layer_norm") < 2
+    for kernel in closing[:2]:
+        assert {t.name for t in kernel.tensors if t.role == "output"} >= {"out", "codes", "scale"}
+    check(plan, inputs_of(graph))
 
 
 def test_float_activations_have_a_prologue_only_where_a_norm_stands() -> None:

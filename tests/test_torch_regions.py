@@ -21,8 +21,8 @@ from planish.codegen import torch_regions
 from planish.codegen.cpp_attention import AttentionForm
 from planish.codegen.cpp_attention import kernel as attention_kernel
 from planish.codegen.regions import Plan
-from planish.codegen.select import select
-from planish.codegen.torch_regions import emit, float_of
+from planish.codegen.select import Options, select
+from planish.codegen.torch_regions import emit, float_of, options_for
 from planish.codegen.torch_regions_merge import siblings
 from planish.codegen.torch_regions_ops import operator_of
 from planish.ir.errors import PlanishError
@@ -156,6 +156,18 @@ def test_modules_equal_their_graphs(recipe: str) -> None:
         assert got.shape == expected[name].shape and got.dtype == torch.float32
         error = float((got - expected[name]).abs().max() / expected[name].abs().max())
         assert differing or error <= BOUND
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, *MORE])
+def test_gemms_that_end_with_a_norm(recipe: str) -> None:
+    """What the backend selects for the CPU: a norm and what is behind it finish the rows of a gemm."""
+    made = select(plan(recipe).graph, options_for("cpu"))
+    assert len(made.kernels) == len(plan(recipe).kernels) - 1  # the norm before the MLP; the first reads the input
+    assert options_for("cuda") == Options()
+    module = emit(made, half=False)
+    for batch, tokens in ((1, 1), (2, 7), (1, 128)):
+        count, differing = compared(made, module, inputs(batch, tokens), BOUND)
+        assert differing <= count // 500 + 1
 
 
 @pytest.mark.parametrize("recipe", ["w8a8", "w4a16", "w4a4-rank32"])

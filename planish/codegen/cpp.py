@@ -49,6 +49,7 @@ class CpuKernel:
         reference: what the kernel computes, in plain torch; takes inputs and weights as `Region.bind` gives them, by
             keyword.
         text: the C++ file; "" where the op runs the reference.
+        pending: its library; None where there is no file.
     """
 
     name: str
@@ -59,6 +60,7 @@ class CpuKernel:
     op: Any
     reference: Callable[..., Any]
     text: str
+    pending: cpp_build.Pending | None = None
 
     def prepare(self, bound: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The weights in the CPU's layout (`cpp_pack`), from those of `Region.bind`.
@@ -74,9 +76,22 @@ class CpuKernel:
 
 # -- the file ------------------------------------------------------------------------------------
 
+CONSTANTS = """\
+static float constants[{0}][2];
+
+extern "C" void set_constants(const float *given) {{ std::memcpy(constants, given, sizeof constants); }}
+"""
+
+
+def constants_of(kernel: Kernel) -> tuple[float, ...]:
+    """What the text of a kernel leaves open, for `cpp_build.start`."""
+    return cpp_rows.with_constants(kernel)[1]
+
 
 def text_of(kernel: Kernel, dtype: str) -> str:
     """The C++ file of a kernel; its function `entry` takes the border tensors in order, scratch aside, M, threads.
+
+    Its function `set_constants`, if it has `constants_of` the kernel, takes these before that.
 
     Args:
         dtype: the kernel's float: "f32", "bf16" or "f16".
@@ -84,6 +99,7 @@ def text_of(kernel: Kernel, dtype: str) -> str:
     Raises:
         PlanishError: a kernel that no C++ is written for.
     """
+    kernel, constants = cpp_rows.with_constants(kernel)
     body = cpp_gemm.body(kernel, dtype) if kernel.kind == "gemm" else cpp_rows.prologue(kernel, dtype)
     size = f"[M, {kernel.columns}]" + (f" -> [M, {kernel.outputs}]" if kernel.outputs else "")
     lines = [f"{kernel.kind} on {size}, written by planish", ""]
@@ -95,6 +111,7 @@ def text_of(kernel: Kernel, dtype: str) -> str:
             "#include <omp.h>",
             "",
             cpp_headers.text(("base.h", *body.headers)),
+            *([CONSTANTS.format(len(constants) // 2)] if constants else []),
             cpp_rows.border(kernel, dtype),
             "",
             body.text,
@@ -257,6 +274,17 @@ def _eager(kernel: Kernel, reference: Callable[..., Any]) -> Callable[..., Any]:
 _known: dict[str, CpuKernel] = {}  # by name: specs that differ only in what no text says share an op
 
 
+def known(name: str) -> CpuKernel | None:
+    """The kernel of this process that has a name."""
+    return _known.get(name)
+
+
+def _named(spec: Kernel, dtype: str, text: str, constants: tuple[float, ...] = ()) -> str:
+    """A readable stem and a hash of the content."""
+    digest = hashlib.sha256(f"{text}{constants or ''}".encode()).hexdigest()[:10]
+    return re.sub(r"\W", "_", f"{stem(spec, dtype)}_{digest}")
+
+
 @lru_cache(maxsize=4096)
 def kernel(spec: Kernel, dtype: str = "f32") -> CpuKernel:
     """The kernel of a spec; one for equal specs of a process. Its file is compiled in the background.
@@ -276,14 +304,14 @@ def kernel(spec: Kernel, dtype: str = "f32") -> CpuKernel:
         except PlanishError:  # the reference stands for what no C++ is written for
             text = ""
     border = "\n".join(ir_lines(spec, dtype))  # the text of a C++ file has it; two references may be alike without it
-    digest = hashlib.sha256((text or f"{border}\n{written}").encode()).hexdigest()[:10]
-    name = re.sub(r"\W", "_", f"{stem(spec, dtype)}_{digest}")
+    constants = constants_of(spec) if text else ()
+    name, library = _named(spec, dtype, text or f"{border}\n{written}", constants), _named(spec, dtype, text)
     if name in _known:
         return _known[name]
-    pending = cpp_build.start(text, name) if text else None
+    pending = cpp_build.start(text, library, constants) if text else None
     run = runner(spec, dtype, pending) if pending is not None else _eager(spec, reference)
     inputs = tuple(t.name for t in spec.tensors if t.role == "input")
     weights = tuple(t.name for t in spec.tensors if t.role == "weight")
     op = _register(name, spec, dtype, run, pending)
-    _known[name] = CpuKernel(name, spec, dtype, inputs, weights, op, reference, text)
+    _known[name] = CpuKernel(name, spec, dtype, inputs, weights, op, reference, text, pending)
     return _known[name]

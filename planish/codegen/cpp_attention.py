@@ -8,6 +8,7 @@ tensors, and writes its result so that the heads of a row lie together, which is
 Scores are float32 in either of its forms; with `half` the products are those of numbers rounded to bf16, which takes
 half the time where the machine has such instructions (and is the float32 form where it has not).
 
+Torch's dispatcher calls it by way of `cpp_op.register_strided`, without Python; forms with sinks go by `runner`.
 Without a compiler the op runs the eager reference.
 """
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from planish.codegen import cpp_build, cpp_headers
+from planish.codegen import cpp_build, cpp_headers, cpp_op
 from planish.codegen.cpp_rows_writer import TYPES, number
 from planish.codegen.triton_check import TORCH
 from planish.ir.errors import PlanishError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST = 512  # columns of a head
+LETTERS = "BHTGS"  # batch, heads, rows, key heads, keys
 MASKS = {"": "attention::None", "bool": "uint8_t"} | {name: TYPES[name] for name in ("f32", "bf16", "f16")}
 
 
@@ -149,24 +151,54 @@ def attention(node: Node, *, half: bool = False) -> CpuAttention | None:
 # -- the file ------------------------------------------------------------------------------------
 
 
+def slots_of(form: AttentionForm) -> tuple[list[cpp_op.Slot], cpp_op.Slot]:
+    """The tensors of a kernel, as `cpp_op.register_strided` takes them: given ones and the result."""
+    b, h, rows, shared, keys = (-1 - LETTERS.index(letter) for letter in "BHTGS")
+    kind, d, e = TORCH[form.dtype], form.depth, form.width
+    shapes = {"q": (b, h, rows, d), "k": (b, shared, keys, d), "v": (b, shared, keys, e)}
+    given = [cpp_op.Slot(name, kind, shape, place) for place, (name, shape) in enumerate(shapes.items())]
+    if form.mask:
+        dtype = "bool" if form.mask == "bool" else TORCH[form.mask]
+        given.append(cpp_op.Slot("mask", dtype, (b, h, rows, keys), len(given)))
+    if form.sinks:
+        given.append(cpp_op.Slot("sinks", "float32", (h,), len(given)))
+    return given, cpp_op.Slot("made", kind, (b, h, rows, e), len(given))
+
+
 def text_of(form: AttentionForm) -> str:
-    """The C++ file of a form; its `entry` takes 21 sizes and strides, the pointers and the number of threads."""
+    """The C++ file of a form.
+
+    Its `entry` takes B, H, T, Hk, S and 3 unused numbers, 4 strides of each of its tensors (`slots_of`), their pointers
+    and the number of threads; it returns what is wrong, if anything.
+    """
     flags = (form.half, form.causal, form.safe, form.softcap > 0, form.sinks)
     arguments = [TYPES[form.dtype], MASKS[form.mask], str(form.depth), str(form.width)]
     arguments += [str(flag).lower() for flag in flags]
     kind = TYPES[form.dtype]
+    given, made = slots_of(form)
+    place = {slot.name: slot.place for slot in (*given, made)}
+
+    def steps(name: str, count: int) -> str:
+        first = 8 + 4 * place[name] if name in place else None
+        return f"{{{', '.join('0' if first is None else f'n[{first + i}]' for i in range(count))}}}"
+
+    def at(name: str) -> str:
+        return f"at[{place[name]}]" if name in place else "nullptr"
+
     return f"""// softmax(scale q k^T + mask) v, written by planish: {form}
 #include <omp.h>
 
 {cpp_headers.text(["attention.h"])}
 using Form = attention::Form<{", ".join(arguments)}>;
 
-extern "C" void entry(const int64_t *n, void *const *at, int threads) {{
-    attention::Sizes s{{n[0], n[1], n[2], n[3], n[4],
-                       {{n[5], n[6], n[7]}}, {{n[8], n[9], n[10]}}, {{n[11], n[12], n[13]}}, {{n[14], n[15], n[16]}},
-                       {{n[17], n[18], n[19], n[20]}}, {number(form.scale)}, {number(form.softcap)}}};
-    attention::run<Form>(s, (const {kind} *)at[0], (const {kind} *)at[1], (const {kind} *)at[2], at[3],
-                         (const float *)at[4], ({kind} *)at[5], threads);
+extern "C" const char *entry(const int64_t *n, void *const *at, int threads) {{
+    if (n[3] ? n[1] % n[3] : n[1]) return "heads are not shared evenly";
+    attention::Sizes s{{n[0], n[1], n[3], n[2], n[4],
+                       {steps("q", 3)}, {steps("k", 3)}, {steps("v", 3)}, {steps("made", 3)},
+                       {steps("mask", 4)}, {number(form.scale)}, {number(form.softcap)}}};
+    attention::run<Form>(s, (const {kind} *)at[0], (const {kind} *)at[1], (const {kind} *)at[2], {at("mask")},
+                         (const float *){at("sinks")}, ({kind} *){at("made")}, threads);
+    return nullptr;
 }}
 """
 
@@ -196,46 +228,52 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor
 
 
 def runner(form: AttentionForm, pending: cpp_build.Pending) -> Callable[..., Any]:
-    """The op's function: it checks its operands, makes the result and calls the library."""
+    """The op's function where torch has no stable interface: it checks its operands and calls the library."""
     import torch
 
     kind: torch.dtype = getattr(torch, TORCH[form.dtype])
-    empty, threads, place = torch.empty, torch.get_num_threads, 4 if form.mask else 3
-    sizes_type, pointers_type = ctypes.c_int64 * 21, ctypes.c_void_p * 6
+    empty, threads = torch.empty, torch.get_num_threads
+    tensors = len(slots_of(form)[0]) + 1
+    sizes_type, pointers_type = ctypes.c_int64 * (8 + 4 * tensors), ctypes.c_void_p * tensors
     entry: Any = None
 
     def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
         nonlocal entry
         if entry is None:
             entry = pending.library().entry
-            entry.argtypes, entry.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int), None
+            entry.argtypes, entry.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int), ctypes.c_char_p
         batch, heads, rows, depth = q.shape
         shared, keys = k.shape[1], k.shape[2]
         fits = k.shape == (batch, shared, keys, form.depth) and v.shape == (batch, shared, keys, form.width)
-        if not fits or depth != form.depth or heads % shared or not (q.dtype == k.dtype == v.dtype == kind):
+        if not fits or depth != form.depth or not (q.dtype == k.dtype == v.dtype == kind):
             shown = ", ".join(f"{t.dtype} {list(t.shape)}" for t in (q, k, v))
             expected = f"{kind} [B, H, T, {form.depth}], [B, Hk, S, {form.depth}], [B, Hk, S, {form.width}]"
             raise PlanishError(f"attention: expected {expected}, got {shown}", where=pending.name)
-        q, k, v = (t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (q, k, v))
-        mask: torch.Tensor | None = None
-        across: tuple[int, ...] = (0, 0, 0, 0)
+        held = [t if t.stride(3) == 1 or t.shape[3] == 1 else t.contiguous() for t in (q, k, v)]
         if form.mask:
-            mask = rest[0].expand(batch, heads, rows, keys)
-            across = mask.stride()
-        sinks = rest[place - 3].reshape(-1).expand(heads).to(torch.float32).contiguous() if form.sinks else None
-        out = empty((batch, rows, heads, form.width), dtype=kind)
-        sizes = sizes_type(
-            batch, heads, shared, rows, keys, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            rows * heads * form.width, form.width, heads * form.width, *across,
-        )  # fmt: skip
-        pointers = pointers_type(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), None if mask is None else mask.data_ptr(),
-            None if sinks is None else sinks.data_ptr(), out.data_ptr(),
-        )  # fmt: skip
-        entry(sizes, pointers, threads())
-        return out.transpose(1, 2)
+            held.append(rest[0].expand(batch, heads, rows, keys))
+        if form.sinks:
+            held.append(rest[-1].reshape(-1).expand(heads).to(torch.float32).contiguous())
+        held.append(empty((batch, rows, heads, form.width), dtype=kind).transpose(1, 2))
+        sizes = [batch, heads, rows, shared, keys, 0, 0, 0]
+        for t in held:
+            sizes += (*t.stride(), 0, 0, 0)[:4]
+        problem = entry(sizes_type(*sizes), pointers_type(*(t.data_ptr() for t in held)), threads())
+        if problem:
+            raise PlanishError(f"attention: {problem.decode()}", where=pending.name)
+        return held[-1]
 
     return run
+
+
+def register(form: AttentionForm, name: str, pending: cpp_build.Pending) -> bool:
+    """Give a boxed function to a form's op; False where that cannot be done, as of sinks, which may have any dtype."""
+    from planish.codegen.cpp import NAMESPACE
+
+    given, made = slots_of(form)
+    if form.sinks:
+        return False
+    return cpp_op.register_strided(NAMESPACE, name, given, made, LETTERS, ("mask",), (0, 2, 1, 3), pending)
 
 
 @lru_cache(maxsize=1024)
@@ -249,13 +287,14 @@ def kernel(form: AttentionForm) -> CpuAttention:
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
     name = f"attention_{form.depth}_{form.dtype}_{digest}"
     compiled = bool(cpp_build.compiler())
-    run = runner(form, cpp_build.start(text, name)) if compiled else reference
-    given = ["q", "k", "v", *(["mask"] if form.mask else []), *(["sinks"] if form.sinks else [])]
+    pending = cpp_build.start(text, name) if compiled else None
     library = _library()
-    library.define(
-        f"{name}({', '.join(f'Tensor {one}' for one in given)}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    library.impl(name, run, "CPU")
+    arguments = ", ".join(f"Tensor {slot.name}" for slot in slots_of(form)[0])
+    library.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    if pending is None:
+        library.impl(name, reference, "CPU")
+    elif not register(form, name, pending):
+        library.impl(name, runner(form, pending), "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", _fake, lib=library)
     return CpuAttention(
         name, form, getattr(getattr(torch.ops, NAMESPACE), name).default, reference, text if compiled else ""

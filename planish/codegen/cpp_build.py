@@ -18,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +132,13 @@ class Pending:
 
     Attributes:
         text, name: see `build`.
+        constants: what the library's `set_constants` is given when it is loaded. Each set of them has a copy of the
+            library of its own: two files are loaded apart.
     """
 
     text: str
     name: str
+    constants: tuple[float, ...] = ()
     _future: Future[Path] | None = None
     _process: int = 0
     _library: ctypes.CDLL | None = None
@@ -150,11 +154,37 @@ class Pending:
             path = self._future.result() if waited and self._future is not None else build(self.text, self.name)
             if not path.is_file():
                 path = build(self.text, self.name)
-            self._library = ctypes.CDLL(str(path))
+            self._library = self._loaded(path)
         return self._library
 
+    def _loaded(self, path: Path) -> ctypes.CDLL:
+        if not self.constants:
+            return ctypes.CDLL(str(path))
+        given = (ctypes.c_float * len(self.constants))(*self.constants)
+        own = path.with_name(f"{path.stem}_{hashlib.sha256(bytes(given)).hexdigest()[:8]}.so")
+        if not own.is_file():
+            with tempfile.TemporaryDirectory(prefix=".making-", dir=path.parent) as made:
+                os.replace(shutil.copy(path, made), own)
+        library = ctypes.CDLL(str(own))
+        library.set_constants(given)
+        return library
 
-def start(text: str, name: str) -> Pending:
-    """Compile a text in the background; see `build`."""
+
+_running: dict[tuple[object, ...], Future[Path]] = {}
+_lock = threading.Lock()
+
+
+def start(text: str, name: str, constants: tuple[float, ...] = ()) -> Pending:
+    """Compile a text in the background; see `build`. One that is being compiled already is not compiled twice.
+
+    Args:
+        constants: see `Pending`.
+    """
     process = os.getpid()
-    return Pending(text, name, _pool(process).submit(build, text, name), process)
+    key = (process, compiler(), architecture(), folder(), name, text)
+    with _lock:
+        future = _running.get(key)
+        if future is None:
+            future = _running[key] = _pool(process).submit(build, text, name)
+            future.add_done_callback(lambda _: _running.pop(key, None))
+    return Pending(text, name, constants, future, process)

@@ -34,6 +34,9 @@ class TileWriter:
         form, w = self.form, kernel.products[0].weight
         signed = not w.zero and not w.clusters and form.bits == 4 and form.step == 8 and form.unit % 16 == 0
         self.limbs = dtype in ("f32", "bf16") and self.activation.kind == "float" and signed
+        # 32 rows at once in tile registers, 64 bytes of a row of codes or of pairs at a time (dot_amx.h)
+        whole = form.groups == 1 or form.unit % (64 if form.integer else 32) == 0
+        self.tiled = whole and (form.integer or self.panel)
         self.lines: list[str] = []
         self.results = [p.result for p in kernel.products]
 
@@ -190,7 +193,7 @@ class TileWriter:
         form, decoded = self.form, name == "panel"
         self.line("template <int R, int C>")
         self.line(f"static __attribute__((noinline)) void {product.result}_{name}(const Border &b, const Left &left,")
-        self.line("        int64_t first, int64_t row, int64_t column, float *out, int64_t width) {")
+        self.line("        int64_t first, int64_t row, int64_t rows, int64_t column, float *out, int64_t width) {")
         self.line("using namespace gemm;", 1)
         self.line("constexpr int64_t PANELS = 4;", 1)
         self.line("int64_t block = column / 64, panel = column % 64 / 16;", 1)
@@ -200,7 +203,7 @@ class TileWriter:
             self.line(f"for (int64_t group = 0; group < {form.groups}; ++group) {{", 1)
             indent = 2
         if decoded:
-            self._panel_sums(indent, apart)
+            self._panel_sums(product, indent, apart)
         else:
             self._sums(product, indent)
         self._scaled(product, indent, apart)
@@ -235,17 +238,25 @@ class TileWriter:
             return str(self.columns // form.step)
         return str(whole) if whole == rest else f"(group < {form.groups - 1} ? {whole} : {rest})"
 
-    def _panel_sums(self, indent: int, apart: bool) -> None:
+    def _panel_of(self, product: Product) -> str:
+        """Where the decoded panel of a product's weight lies."""
+        at = self.results.index(product.result)
+        return f"left.panel + {at * self.columns * 16}" if at else "left.panel"
+
+    def _panel_sums(self, product: Product, indent: int, apart: bool) -> None:
         """The sums over the pairs of a decoded panel, or of a group of them."""
         form, half = self.form, self.columns // 2 + 16
         self.line("Floats sum[R][C];", indent)
         self.line("clear(sum);", indent)
-        pairs, panel, count = f"left.pairs + row * {half}", "left.panel", str(self.columns // 2)
+        pairs, panel, count = f"left.pairs + row * {half}", self._panel_of(product), str(self.columns // 2)
         if apart:
             pairs += f" + group * {form.unit // 2}"
             panel += f" + group * {form.unit // 2 * 16} * C"
             count = self._units() + (f" * {form.step // 2}" if form.step > 1 else " / 2")
-        self.line(f"add_panel(sum, {pairs}, {half}, {panel}, {count});", indent)
+        if self.tiled:
+            self.line(f"if constexpr (R == TILE_ROWS) tile_pairs(sum, {pairs}, {half}, {panel}, {count});", indent)
+            self.line("else", indent)
+        self.line(f"add_panel(sum, {pairs}, {half}, {panel}, {count});", indent + int(self.tiled))
 
     def _sums(self, product: Product, indent: int) -> None:
         form, w = self.form, product.weight
@@ -258,7 +269,15 @@ class TileWriter:
         if form.integer:
             self.line(f"const uint8_t *weight = (const uint8_t *)b.{w.codes} + ({at} * PANELS + panel) * 64;", indent)
             self.line(f"const int8_t *codes = left.codes + row * {self.columns}{left};", indent)
-            self.line(f"add_products<{form.bits}>(sum, codes, {self.columns}, weight, {self._units()});", indent)
+            given = f"(sum, codes, {self.columns}, weight, {self._units()}"
+            if self.tiled:
+                self.line(f"if constexpr (R == TILE_ROWS) tile_products<{form.bits}>{given});", indent)
+                self.line("else {", indent)
+            inner = indent + int(self.tiled)
+            self.line(f"Ahead ahead = ahead_of<R>(weight, panel, {steps}, {self._units()}, row, rows);", inner)
+            self.line(f"add_products<{form.bits}>{given}, ahead);", inner)
+            if self.tiled:
+                self.line("}", indent)
             return
         if self.limbs:
             weight = f"(const uint8_t *)b.{w.codes} + ({at} * PANELS + panel) * 64"

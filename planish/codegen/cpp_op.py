@@ -19,7 +19,7 @@ from planish.ir.errors import PlanishError
 
 FUNCTIONS = (
     "get_dim", "get_sizes", "get_dtype", "is_contiguous", "get_data_ptr", "empty_strided", "delete_tensor_object",
-    "call_dispatcher",
+    "call_dispatcher", "get_strides",
 )  # fmt: skip
 MOST_TENSORS = 64
 MOST_AXES = 4
@@ -52,13 +52,27 @@ class _Kernel(ctypes.Structure):
     )
 
 
+class _Strided(ctypes.Structure):
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("wait", _WAIT),
+        ("problem", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("letters", ctypes.c_char_p),
+        ("tensors", ctypes.POINTER(_Tensor)),
+        ("broadcast", ctypes.POINTER(ctypes.c_int32)),
+        ("given", ctypes.c_int32),
+        ("order", ctypes.c_int32 * MOST_AXES),
+    )
+
+
 @dataclass(frozen=True)
 class Slot:
     """A tensor of an op.
 
     Attributes:
         dtype: of torch, in words: "int8", "float32" ...
-        shape: -1 for M.
+        shape: -1 for M; -1, -2 .. for the letters of `register_strided`.
         place: in the order of the kernel's own border.
     """
 
@@ -78,6 +92,11 @@ class _Dispatch:
     kept: list[Any] = field(default_factory=list)
 
 
+def begin() -> cpp_build.Pending:
+    """The library of boxed functions, which is being compiled: one for all kernels and chains."""
+    return cpp_build.start(cpp_headers.text(("chain.h",)), "dispatch")
+
+
 @functools.cache
 def _dispatch(namespace: str) -> _Dispatch | None:
     """The boxed functions; None where torch has no stable interface that they can use."""
@@ -90,15 +109,36 @@ def _dispatch(namespace: str) -> _Dispatch | None:
     names = [f"aoti_torch_{name}" for name in FUNCTIONS]
     if not all(hasattr(held, name) for name in (*names, "aoti_torch_library_init_impl", "aoti_torch_library_impl")):
         return None
-    library = cpp_build.start(cpp_headers.text(("dispatch.h",)), "dispatch").library()
+    library = begin().library()
     pointers = (ctypes.c_void_p * len(names))(*(ctypes.cast(getattr(held, n), ctypes.c_void_p).value for n in names))
     library.attach(pointers)
-    library.place.restype = ctypes.c_void_p
+    library.place.restype = library.place_strided.restype = ctypes.c_void_p
     handle = ctypes.c_void_p()
     made = held.aoti_torch_library_init_impl(
         namespace.encode(), b"CPU", b"planish", ctypes.c_uint32(0), ctypes.byref(handle)
     )
     return None if made else _Dispatch(held, library, handle)
+
+
+def _tensors(found: _Dispatch, slots: Sequence[Slot]) -> Any:
+    tensors = (_Tensor * len(slots))()
+    for tensor, slot in zip(tensors, slots, strict=True):
+        tensor.name, tensor.dim = slot.name.encode(), len(slot.shape)
+        tensor.dtype = int(getattr(found.torch, f"aoti_torch_dtype_{slot.dtype}")())
+        tensor.sizes[: len(slot.shape)] = slot.shape
+    return tensors
+
+
+def _waiting(kernel: _Kernel | _Strided, pending: cpp_build.Pending) -> Any:
+    """What waits for a kernel's library and takes its `entry`, or says why there is none."""
+
+    def wait(_: int) -> None:
+        try:
+            kernel.entry = ctypes.cast(pending.library().entry, ctypes.c_void_p).value
+        except (PlanishError, OSError) as error:
+            kernel.problem = str(error).encode()
+
+    return _WAIT(wait)
 
 
 def register(
@@ -126,21 +166,49 @@ def register(
     index = len(found.kept)
     if index >= found.library.places():
         return False
-    tensors = (_Tensor * len(slots))()
-    for tensor, slot in zip(tensors, slots, strict=True):
-        tensor.name, tensor.dim = slot.name.encode(), len(slot.shape)
-        tensor.dtype = int(getattr(found.torch, f"aoti_torch_dtype_{slot.dtype}")())
-        tensor.sizes[: len(slot.shape)] = slot.shape
+    tensors = _tensors(found, slots)
     place = (ctypes.c_int32 * len(slots))(*(slot.place for slot in slots))
     kernel = _Kernel(None, _WAIT(), None, tensors, place, inputs, len(given), len(made), *(rows or (-1, 0)))
 
-    def wait(_: int) -> None:
-        try:
-            kernel.entry = ctypes.cast(pending.library().entry, ctypes.c_void_p).value
-        except (PlanishError, OSError) as error:
-            kernel.problem = str(error).encode()
-
-    kernel.wait = _WAIT(wait)
+    kernel.wait = _waiting(kernel, pending)
     found.kept.append((kernel, tensors, place))
     function = ctypes.c_void_p(found.library.place(ctypes.c_int32(index), ctypes.byref(kernel)))
+    return not found.torch.aoti_torch_library_impl(found.handle, name.encode(), function)
+
+
+def register_strided(
+    namespace: str,
+    name: str,
+    given: Sequence[Slot],
+    made: Slot,
+    letters: str,
+    broadcast: Sequence[str],
+    order: Sequence[int],
+    pending: cpp_build.Pending,
+) -> bool:
+    """Give a boxed function to an op whose kernel reads tensors where they lie; False where that cannot be done.
+
+    The kernel is `entry(n, pointers, threads)` with 8 numbers, one for each letter, then 4 strides of each tensor; it
+    returns a text if something is wrong.
+
+    Args:
+        given, made: its arguments and its result, all of them float, bool or integer tensors of 4 axes at most.
+        letters: what the negative numbers of a shape stand for: their number is that of the first slot that has them.
+        broadcast: names of arguments whose axes may be missing or 1 (stride 0), with any strides; the last axis of the
+            others is made to lie together.
+        order: the axes of the result as they lie in memory, the last one together.
+    """
+    found = _dispatch(namespace)
+    slots = (*given, made)
+    if found is None or len(slots) > MOST_TENSORS or any(len(s.shape) > MOST_AXES for s in slots) or len(letters) > 8:
+        return False
+    index = len(found.kept)
+    if index >= found.library.places():
+        return False
+    tensors, loose = _tensors(found, slots), (ctypes.c_int32 * len(given))(*(s.name in broadcast for s in given))
+    kernel = _Strided(None, _WAIT(), None, name.encode(), letters.encode(), tensors, loose, len(given))
+    kernel.order[: len(order)] = tuple(order)
+    kernel.wait = _waiting(kernel, pending)
+    found.kept.append((kernel, tensors, loose))
+    function = ctypes.c_void_p(found.library.place_strided(ctypes.c_int32(index), ctypes.byref(kernel)))
     return not found.torch.aoti_torch_library_impl(found.handle, name.encode(), function)

@@ -1,7 +1,9 @@
 """Row programs as C++ functions: prologues whole, and what follows the products of a gemm on each row.
 
     prologue(kernel, dtype)           a prologue's `run`: its row function and the loop over rows
-    finish_function(kernel, dtype)    epilogue and closing steps of a gemm on a whole row
+    tile_plan(kernel, dtype)          what of a gemm's row program runs on a tile of its results, while they are near
+    tile_function(kernel, plan, ..)   that part, on some columns of a row
+    rest_function(kernel, plan, ..)   the other part, on a whole row or on some of its columns
     row_function(kernel, steps, ..)   some steps, on a whole row or on some of its columns
     border(kernel, dtype)             the struct with a pointer to each border tensor
 
@@ -12,15 +14,16 @@ operation, but for the order of sums over a row (norms, low-rank downs), which i
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from planish.codegen.cpp_rows_writer import Loop, Writer, number, type_of
+from planish.codegen.cpp_rows_writer import Block, Loop, Writer, number, type_of
 from planish.codegen.kernel_spec import Kernel, Step, padded
 from planish.codegen.row_writer import far_first
 from planish.ir.errors import PlanishError
 from planish.kernels.table import ROWS
 
 ALONE = 16384  # numbers that one thread takes by itself: to start others costs as much
+EXTREMES = {"max": "row::maximum({0}, {1})", "min": "row::minimum({0}, {1})"}
 ON_COLUMNS = ("quantize_static", "quantize_group")  # programs that need no whole rows
 
 
@@ -32,11 +35,13 @@ class Text:
         text: a function, or several.
         headers: names of the headers of planish/kernels/cpp that it needs.
         scratch: floats of scratch memory that a thread needs for it.
+        group: the most rows that it takes at once.
     """
 
     text: str
     headers: tuple[str, ...]
     scratch: int = 0
+    group: int = 1
 
 
 def border(kernel: Kernel, dtype: str) -> str:
@@ -51,6 +56,23 @@ def border(kernel: Kernel, dtype: str) -> str:
         if t.role != "scratch"
     ]
     return "\n".join(["struct Border {", *fields, "};"])
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """The two parts of the row program of a gemm.
+
+    Attributes:
+        near: how many of the kernel's steps run on a tile: elementwise ones, and codes under scales that are known.
+        kept: values that the rest reads of each row, as float32.
+        extremes: names of the largest or least numbers of a row that come with the tiles: (name, value, operator).
+        direct: there is nothing to be done on a tile: its results are what is kept.
+    """
+
+    near: int
+    kept: tuple[str, ...]
+    extremes: tuple[tuple[str, str, str], ...]
+    direct: bool
 
 
 class Program(Writer):
@@ -193,45 +215,82 @@ class Program(Writer):
             first = "0" if self.whole else "first"
             end = str(columns) if self.whole else "last"
             self.block([f"row::pack_halves({self._codes_to(step)}, {first}, {end}, {self.row_of(name)});"])
+        elif padded(columns) > columns and self.tile:
+            to = self.row_of(name)
+            self.block([f"if (first + count == {columns})",
+                        f"    for (int j = count; j < {padded(columns)} - first; ++j) {to}[j] = 0;"])  # fmt: skip
         elif padded(columns) > columns:
             fill = f"for (int j = {columns}; j < {padded(columns)}; ++j) {self.row_of(name)}[j] = 0;"
             self.block([fill if self.whole else f"if (last == {columns}) {fill}"])
+
+    def _extremes(self, step: Step, source: str) -> tuple[int, list[str]]:
+        """The extremes of a row and 0 that a scale follows from, reduced where the row is made, or from partial ones.
+
+        Returns:
+            The first item that can read them, and a list: what is added to it stands behind them.
+        """
+        names = scale_extremes(step, source)
+        if names[0][0] in self.carried:
+            lines = []
+            for name, _, operator in names:
+                each = EXTREMES[operator].format(f"{name}_lanes[j]", name)
+                lines += [
+                    f"float {name} = 0.0f;",
+                    f"#pragma omp simd reduction({operator} : {name})",
+                    f"for (int64_t j = 0; j < lanes; ++j) {name} = {each};",
+                ]
+            self.items.insert(0, Block(lines))
+            self._shift()
+            return 1, lines
+        at, loop = self.place(self.size(source), self.ready(source))
+        x = self.value(source, at)
+        x = f"row::absolute({x})" if step.option("mode") == "symmetric" else x
+        for name, _, operator in names:
+            loop.reduce(operator, name, f"{name} = {EXTREMES[operator].format(x, name)};")
+        return at + 1, loop.after
 
     def _token(self, step: Step, source: str) -> None:
         self.headers["quantize.h"] = None
         options, (_, scale, zero) = dict(step.options), (*step.writes, "", "")[:3]
         levels, low, high = number(options["levels"]), int(options["low"]), int(options["high"])
-        at, loop = self.place(self.size(source), self.ready(source))
-        x = self.value(source, at)
         top, bottom, shift = f"{scale}_top", f"{scale}_bottom", zero or f"{scale}_zero"
+        after, lines = self._extremes(step, source)
         if options["mode"] == "symmetric":
-            loop.reduce("max", top, f"{top} = row::maximum(row::absolute({x}), {top});")
-            loop.after.append(f"const float {scale} = row::scale_of({top}, {levels});")
+            lines.append(f"const float {scale} = row::scale_of({top}, {levels});")
         elif options["mode"] == "floor":
-            floor, wide = float(options["floor"]), float(options["levels"])
-            loop.reduce("max", top, f"{top} = row::maximum({x}, {top});")
-            made = f"row::floor_zero({top}, {number(floor)}, {number(wide * floor)}, {number(low)})"
-            loop.after += [
-                f"const float {shift} = {made};",
-                f"const float {scale} = 1.0f / ({shift} - {number(low)}) * {number(floor)};",
+            floor, product = f"{options['floor']}[0]", f"{options['floor']}[1]"
+            if not isinstance(options["floor"], str):
+                floor = number(options["floor"])
+                product = number(float(options["levels"]) * float(options["floor"]))
+            lines += [
+                f"const float {shift} = row::floor_zero({top}, {floor}, {product}, {number(low)});",
+                f"const float {scale} = 1.0f / ({shift} - {number(low)}) * {floor};",
             ]
         else:
-            loop.reduce("max", top, f"{top} = row::maximum({x}, {top});")
-            loop.reduce("min", bottom, f"{bottom} = row::minimum({x}, {bottom});")
-            loop.after += [
+            lines += [
                 f"const float {scale} = row::scale_of({top} - {bottom}, {levels});",
                 f"const float {shift} = row::token_zero({bottom}, {scale}, {levels}, {number(low)});",
             ]
-        loop.after.append(f"const float {scale}_inverse = 1.0f / {scale};")
-        loop.after += [f"b.{scale}[row] = {scale};"] * self.is_output(scale)
-        loop.after += [f"b.{zero}[row] = (int8_t){zero};"] * (bool(zero) and self.is_output(zero))
-        at, loop = self.place(loop.width, at + 1)
-        ratio, to = f"{self.value(source, at)} * {scale}_inverse", self._codes_to(step)
-        if options["mode"] == "symmetric":
-            loop.body.append(f"{to}[j] = row::code_of({ratio}, {low}, {high});")
+        lines.append(f"const float {scale}_inverse = 1.0f / {scale};")
+        lines += [f"b.{scale}[row] = {scale};"] * self.is_output(scale)
+        lines += [f"b.{zero}[row] = (int8_t){zero};"] * (bool(zero) and self.is_output(zero))
+        to, middle = self._codes_to(step), "0" if options["mode"] == "symmetric" else f"(int32_t){shift}"
+        if self.whole and (source in self.accumulators or self._made.get(source, after) < after):
+            place = f"{self.array(source)}, {self.size(source)}, {scale}_inverse, {middle}, {to}"
+            self.block([f"row::codes_of<{low}, {high}>({place});"])
         else:
-            loop.body.append(f"{to}[j] = row::shifted_code({ratio}, (int32_t){shift}, {low}, {high});")
+            at, loop = self.place(self.size(source), max(after, self.ready(source)))
+            ratio = f"{self.value(source, at)} * {scale}_inverse"
+            if options["mode"] == "symmetric":
+                loop.body.append(f"{to}[j] = row::code_of({ratio}, {low}, {high});")
+            else:
+                loop.body.append(f"{to}[j] = row::shifted_code({ratio}, {middle}, {low}, {high});")
         self._stored(step, source)
+
+    def _shift(self) -> None:
+        """An item was put in front of the others."""
+        self._made = {name: at + 1 for name, at in self._made.items()}
+        self._ready = {name: at + 1 for name, at in self._ready.items()}
 
     def _static(self, step: Step, reads: Sequence[str]) -> None:
         self.headers["quantize.h"] = None
@@ -266,12 +325,17 @@ class Program(Writer):
 
 
 def _function(program: Program, name: str) -> Text:
-    places = [] if program.whole else ["int64_t first", "int64_t last"]
-    given = [f"const float *{result}_row" for result in program.accumulators]
-    arguments = ", ".join(["const Border &b", "int64_t row", *places, *given, "float *scratch"])
-    body = [line if line.startswith("#") else f"    {line}" for line in program.lines()]
+    places, ending = ["int64_t start", "int64_t rows"], "rows"
+    if not program.whole:
+        places, ending = ["int64_t row", "int64_t first", "int64_t last"], "row"
+    given = [f"const float *{result}_{ending}" for result in program.accumulators]
+    given += ["int64_t lanes"] * bool(program.carried) + [f"const float *{name}_all" for name in program.carried]
+    arguments = ", ".join(["const Border &b", *places, *given, "float *scratch"])
+    lines = program.lines_together() if program.whole else program.lines()
+    body = [line if line.startswith("#") else f"    {line}" for line in lines]
     text = "\n".join([f"static void {name}({arguments}) {{", *body, "}"])
-    return Text(text, tuple(program.headers), program.scratch)
+    group = program.group() if program.whole else 1
+    return Text(text, tuple(program.headers), program.scratch * group, group)
 
 
 def row_function(
@@ -283,10 +347,13 @@ def row_function(
     accumulators: Sequence[str] = (),
     whole: bool = True,
 ) -> Text:
-    """A function that runs steps on a row, or on some of its columns.
+    """A function that runs steps on rows, or on some columns of one.
 
-        static void name(const Border &b, int64_t row, [int64_t first, int64_t last,]
-                         const float *acc_row.., float *scratch)
+        static void name(const Border &b, int64_t start, int64_t rows, const float *acc_rows.., float *scratch)
+        static void name(const Border &b, int64_t row, int64_t first, int64_t last, const float *acc_row..,
+                         float *scratch)
+
+    Rows of `acc_rows` are WIDTH apart.
 
     Args:
         steps: of the kernel.
@@ -303,26 +370,139 @@ def row_function(
     return _function(program, name)
 
 
-def finish_function(kernel: Kernel, dtype: str, name: str = "finish") -> Text:
-    """A function that runs a gemm's epilogue and closing steps on a row of its products' results.
+def with_constants(kernel: Kernel) -> tuple[Kernel, tuple[float, ...]]:
+    """A kernel without the numbers that calibration chooses for its steps, and these numbers, two for each.
 
-    What closing steps read of the border is rounded to the kernel's float dtype first, as it would be in memory.
+    Kernels that differ in nothing else have one text, in which they are `constants[i][0]` and `constants[i][1]`.
+    """
+    found: list[float] = []
+
+    def named(step: Step) -> Step:
+        options = dict(step.options)
+        if step.row != "quantize_token" or options["mode"] != "floor":
+            return step
+        floor = float(options["floor"])
+        options["floor"] = f"constants[{len(found) // 2}]"
+        found.extend((floor, float(options["levels"]) * floor))
+        return replace(step, options=tuple(options.items()))
+
+    steps, closing = (tuple(named(step) for step in held) for held in (kernel.steps, kernel.closing))
+    return (replace(kernel, steps=steps, closing=closing) if found else kernel), tuple(found)
+
+
+def scale_extremes(step: Step, source: str) -> list[tuple[str, str, str]]:
+    """What the scale of a row follows from: (name, value, operator) of each extreme."""
+    scale = step.writes[1]
+    top = (f"{scale}_top", source, "max")
+    return [top, (f"{scale}_bottom", source, "min")] if step.option("mode") == "range" else [top]
+
+
+def tile_plan(kernel: Kernel, dtype: str) -> TilePlan:
+    """What of a gemm's row program runs on tiles.
 
     Args:
         dtype: the kernel's float.
-        name: of the function; see `row_function` for its arguments.
+    """
+    results = [product.result for product in kernel.products]
+    tensors = {t.name: t for t in kernel.tensors}
+    outputs = {t.name for t in kernel.tensors if t.role == "output"}
+    made, near = set(results), 0
+    for step in kernel.steps:
+        wide = [tensors[n].shape for n in step.reads if n not in made]
+        if any(shape and shape[-1] != kernel.outputs for shape in wide):
+            break
+        if not ROWS[step.row].cpp and (step.row != "quantize_static" or int(step.option("bits")) != 8):
+            break
+        made |= set(step.writes)
+        near += 1
+    rest = (*kernel.steps[near:], *kernel.closing)
+    kept = tuple(dict.fromkeys(n for step in rest for n in step.reads if n in made))
+    extremes: list[tuple[str, str, str]] = []
+    if near == len(kernel.steps):
+        for step in kernel.closing:
+            if step.row == "quantize_token" and step.reads[0] in kept:
+                extremes += scale_extremes(step, step.reads[0])
+    direct = not near and set(kept) == set(results) and not outputs & set(results)
+    return TilePlan(near, kept, () if direct else tuple(extremes), direct)
+
+
+def tile_function(kernel: Kernel, plan: TilePlan, dtype: str) -> Text:
+    """A function that runs the near part of a gemm's row program on some columns of a row.
+
+        template <int COLUMNS>
+        static void near_row(const Border &b, int64_t row, int64_t first, int64_t columns, const float *acc_row..,
+                             float *whole_kept.., float *scale_top_lanes..)
+
+    COLUMNS of them, or `columns` where that is 0. All arrays are given from the column `first` on.
+
+    Args:
+        plan: of `tile_plan`, not a direct one.
+        dtype: the kernel's float.
 
     Raises:
         PlanishError: no C++ is written for one of the steps.
     """
     results = [product.result for product in kernel.products]
-    program = Program(kernel, dtype, results, whole=True)
+    program = Program(kernel, dtype, results, whole=False, tile=True)
     program.results(results)
-    program.run(kernel.steps, far=far_first(kernel.steps))
-    made = {*results, *(n for step in kernel.steps for n in step.writes)}
+    program.run(kernel.steps[: plan.near])
+    rounded = _rounded(kernel)
+    at, loop = program.place(kernel.outputs, program.ready(*plan.kept))
+    for name in plan.kept:
+        loop.body.append(f"{name}_kept[j] = {program.value(name, at)};")
+    for name, source, operator in plan.extremes:
+        held = program.value(source, at)
+        held = program.rounding(held) if source in rounded and dtype != "f32" else held
+        held = f"row::absolute({held})" if _is_symmetric(kernel, name) else held
+        loop.body.append(f"{name}_lanes[j] = {EXTREMES[operator].format(held, f'{name}_lanes[j]')};")
+    arguments = [f"const float *{name}_row" for name in results]
+    arguments += [f"float *{name}_kept" for name in plan.kept]
+    arguments += [f"float *{name}_lanes" for name, _, _ in plan.extremes]
+    body = [line if line.startswith("#") else f"    {line}" for line in program.lines()]
+    head = [
+        "template <int COLUMNS>",
+        "static inline __attribute__((always_inline)) void near_row(const Border &b, int64_t row, int64_t first,",
+        f"        int64_t columns, {', '.join(arguments)}) {{",
+        "    const int count = COLUMNS ? COLUMNS : (int)columns;",
+    ]
+    return Text("\n".join([*head, *body, "}"]), tuple(program.headers), program.scratch)
+
+
+def _is_symmetric(kernel: Kernel, extreme: str) -> bool:
+    """True if an extreme is one of sizes without sign."""
+    steps = [s for s in kernel.closing if s.row == "quantize_token" and extreme == f"{s.writes[1]}_top"]
+    return any(s.option("mode") == "symmetric" for s in steps)
+
+
+def _rounded(kernel: Kernel) -> set[str]:
+    """What closing steps read as it is in the border: rounded to the kernel's float dtype."""
+    made = {*(product.result for product in kernel.products), *(n for step in kernel.steps for n in step.writes)}
     stored = {t.name for t in kernel.tensors if t.dtype == "float"} & made
-    read = {n for step in kernel.closing for n in step.reads}
-    program.run(kernel.closing, {n: program.rounded(n) for n in sorted(stored & read)}, far=far_first(kernel.closing))
+    return stored & {n for step in kernel.closing for n in step.reads}
+
+
+def rest_function(kernel: Kernel, plan: TilePlan, dtype: str, name: str = "finish") -> Text:
+    """A function that runs the other part of a gemm's row program, on rows of what is kept.
+
+        static void name(const Border &b, int64_t start, int64_t rows, const float *whole_rows..,
+                         [int64_t lanes, const float *scale_top_all..,] float *scratch)
+
+    On whole rows where there are closing steps, else as `row_function` on some columns of one. What these read of the
+    border is rounded to the kernel's float dtype first, as it would be in memory.
+
+    Args:
+        plan: of `tile_plan`.
+        dtype: the kernel's float.
+        name: of the function.
+
+    Raises:
+        PlanishError: no C++ is written for one of the steps, or one needs whole rows and is not given them.
+    """
+    program = Program(kernel, dtype, plan.kept, whole=bool(kernel.closing))
+    program.carried = [extreme for extreme, _, _ in plan.extremes]
+    program.run(kernel.steps[plan.near :], far=far_first(kernel.steps))
+    renamed = {n: program.rounded(n) for n in sorted(_rounded(kernel))}
+    program.run(kernel.closing, renamed, far=far_first(kernel.closing))
     return _function(program, name)
 
 
@@ -342,11 +522,15 @@ def prologue(kernel: Kernel, dtype: str) -> Text:
 #pragma omp parallel num_threads(threads) if (threads > 1 && M * {kernel.columns} >= {ALONE})
     {{
         float *scratch = row::scratch({made.scratch});
+        const int64_t group = M >= {made.group} * 4 * threads ? {made.group} : 1;
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < M; ++row) program(b, row, scratch);
+        for (int64_t row = 0; row < M; row += group) program(b, row, M - row < group ? M - row : group, scratch);
     }}
 }}"""
     return Text(f"{made.text}\n\n{run}", made.headers, made.scratch)
 
 
-__all__ = ["Loop", "Text", "border", "finish_function", "prologue", "row_function"]
+__all__ = [
+    "Loop", "Text", "TilePlan", "border", "prologue", "rest_function", "row_function", "tile_function", "tile_plan",
+    "with_constants",
+]  # fmt: skip

@@ -7,13 +7,18 @@ extremes) is reduced in the loop that makes its source. Steps that read other co
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planish.codegen.kernel_spec import Kernel, Step, Tensor
 from planish.ir.errors import PlanishError
 from planish.kernels.table import ROWS
 
+MOST_COLUMNS = 64  # of a tile
+TOGETHER = 4096  # numbers of rows that are worked on together
+_DECLARED = re.compile(r"(?:const )?float (\w+) = ")
+ARRAYS = {"row::gelu({0})": "gelus", "row::gelu_tanh({0})": "gelus_tanh"}  # functions that are faster on many numbers
 TYPES = {"i8": "int8_t", "u8": "uint8_t", "i32": "int32_t", "f32": "float", "bf16": "bf16_t", "f16": "f16_t"}
 
 
@@ -72,11 +77,22 @@ class Writer:
     Attributes:
         items: loops and blocks in order.
         headers: that the text needs.
-        scratch: floats of scratch memory.
+        scratch: floats of scratch memory, for a row.
+        carried: names of extremes whose partial ones are given.
     """
 
-    def __init__(self, kernel: Kernel, dtype: str, accumulators: Sequence[str], *, whole: bool) -> None:
-        self.kernel, self.dtype, self.whole = kernel, dtype, whole
+    carried: Collection[str] = ()
+
+    def __init__(
+        self, kernel: Kernel, dtype: str, accumulators: Sequence[str], *, whole: bool, tile: bool = False
+    ) -> None:
+        """A program without steps.
+
+        Args:
+            whole: on all columns of a row.
+            tile: on `count` columns from `first` on, accumulators given as these columns alone.
+        """
+        self.kernel, self.dtype, self.whole, self.tile = kernel, dtype, whole, tile
         self.tensors = {t.name: t for t in kernel.tensors if t.name not in accumulators}
         self.borders = {t.name: t for t in kernel.tensors}
         self.accumulators = tuple(accumulators)
@@ -127,6 +143,7 @@ class Writer:
             const = "" if tensor.role == "output" else "const "
             width = int(tensor.shape[-1]) if tensor.shape[-1:] != ("M",) else 1
             offset = f" + row * {width}" if "M" in tensor.shape else ""
+            offset += " + first" if self.tile else ""
             self._pointers[made] = f"{const}{type_of(tensor, self.dtype)} *{made} = b.{name}{offset};"
         return made
 
@@ -142,6 +159,8 @@ class Writer:
 
     def allocate(self, name: str, floats: int, kind: str = "float") -> str:
         """An array in scratch memory; `floats` of four bytes each."""
+        if name not in self._arrays and self.tile:
+            self._arrays[name] = f"alignas(64) {kind} {name}[{MOST_COLUMNS}];"
         if name not in self._arrays:
             cast = f"({kind} *)" if kind != "float" else ""
             place = f"scratch + {self.scratch}"
@@ -250,12 +269,26 @@ class Writer:
         row = ROWS[step.row].chosen(options)
         if not row.cpp:
             raise PlanishError(f"step '{step.row}': no C++ is written for it")
+        reads = [renamed.get(name, name) for name in step.reads]
+        if row.cpp in ARRAYS and (self.tile or self.whole):
+            self._on_array(ARRAYS[row.cpp], step.writes[0], reads[0])
+            return
         if "row::" in row.cpp:
             self.headers["functions.h"] = None
-        reads = [renamed.get(name, name) for name in step.reads]
         literals = {k: v if isinstance(v, str | bool) else number(v) for k, v in options.items()}
         count = range(len(reads))
         self.step_text(step.writes[0], row.cpp.format(*(f"{{{i}}}" for i in count), **literals), reads)
+
+    def _on_array(self, function: str, name: str, source: str) -> None:
+        """A function of many numbers at once, which lie in an array and leave others in one."""
+        self.headers["gelus.h"] = None
+        array, width = self.array(source), self.size(source)
+        made = self.allocate(f"{name}_row", width)
+        self.block([f"row::{function}({array}, {'count' if self.tile else width}, {made});"], name, width=width)
+        if self.is_output(name):
+            at, _ = self.place(width, self.ready(name))
+            self.value(name, at)
+            self.store(name, at)
 
     # -- text ----------------------------------------------------------------------------------------
 
@@ -266,13 +299,48 @@ class Writer:
             found += item.lines if isinstance(item, Block) else self._loop(item)
         return found
 
+    def group(self) -> int:
+        """How many rows are worked on together: several short ones, which do not all wait for the sum of one."""
+        widest = max((item.width for item in self.items if isinstance(item, Loop)), default=0)
+        return next((rows for rows in (4, 2) if rows * widest <= TOGETHER), 1)
+
+    def lines_together(self) -> list[str]:
+        """The statements of the program on `rows` rows from `start` on, at most `group`: item by item on all of them.
+
+        What an item leaves to later ones as a number is held for each row.
+        """
+        texts = [item.lines if isinstance(item, Block) else self._loop(item) for item in self.items]
+        made = [[found[1] for line in text if (found := _DECLARED.match(line))] for text in texts]
+        size = self.group()
+        own = {f"{name}_row": f"const float *{name}_row = {name}_rows + r * WIDTH;" for name in self.accumulators}
+        own |= self._pointers
+        for name, line in self._arrays.items():
+            own[name] = line.replace("scratch + ", f"scratch + r * {self.scratch} + ")
+        own |= {f"{name}_lanes": f"const float *{name}_lanes = {name}_all + r * lanes;" for name in self.carried}
+        lines, later = [*self._scalars.values()], list[str]()
+        for i, text in enumerate(texts):
+            words = set(re.findall(r"\w+", " ".join(text)))
+            after = {word for more in texts[i + 1 :] for line in more for word in re.findall(r"\w+", line)}
+            body = [line for name, line in own.items() if name in words]
+            body += [f"const float {name} = {name}_of[r];" for name in later if name in words and name not in made[i]]
+            body += text
+            kept = [name for name in made[i] if name in after]
+            lines += [f"float {name}_of[{size}];" for name in kept]
+            body += [f"{name}_of[r] = {name};" for name in kept]
+            later += kept
+            lines += ["for (int64_t r = 0; r < rows; ++r) {", "    const int64_t row = start + r;"]
+            lines += [line if line.startswith("#") else f"    {line}" for line in body] + ["}"]
+        return lines
+
     def _loop(self, loop: Loop) -> list[str]:
         clauses = ""
         for operator in dict.fromkeys(operator for operator, _ in loop.reductions):
             names = ", ".join(name for own, name in loop.reductions if own == operator)
             clauses += f" reduction({operator} : {names})"
         head = f"for (int j = 0; j < {loop.width}; ++j) {{"
-        if not self.whole:
+        if self.tile:
+            head = "for (int j = 0; j < count; ++j) {"
+        elif not self.whole:
             head = "for (int64_t j = first; j < last; ++j) {"
         body = [*loop.body, *(f"{name}_row[j] = {name};" for name in loop.kept)]
         return [

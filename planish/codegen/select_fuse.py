@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -44,10 +45,13 @@ class Options:
     Attributes:
         closing: whether a gemm may end with steps on whole rows, run by the tile that finishes a block of rows.
         next_quantise: whether a gemm may quantise its result for the next one at all.
+        norms: the widest row whose norm may be among closing steps. On a chip of many small cores there is none: the
+            rows of a norm are spread over all of them.
     """
 
     closing: bool = True
     next_quantise: bool = True
+    norms: int = 0
 
 
 class Fusion:
@@ -359,7 +363,7 @@ class Fusion:
         what, norms = members[-1], [node for node in members if node.op.name in NORMS]
         if not self.options.next_quantise:
             self.miss(what, "not fused into the gemm that makes its rows: switched off")
-        elif norms:
+        elif norms and not (self.options.closing and (width(sources[0]) or math.inf) <= self.options.norms):
             self.miss(norms[0], "a norm starts a kernel of its own, whose rows are spread over the whole chip")
         elif len(sources) != 1:
             self.miss(what, "it reads other rows beside those of the gemm")

@@ -1,6 +1,6 @@
 """Emit torch with kernels: a plan becomes a torch.fx.GraphModule whose kernel regions are calls of custom ops.
 
-    module = emit(select(graph))                        for the CPU: planish_cpu:: ops (`planish.codegen.cpp`)
+    module = emit(select(graph, options_for("cpu")))    for the CPU: planish_cpu:: ops (`planish.codegen.cpp`)
     module = emit(select(graph), device="cuda")         planish:: ops, the emitted Triton files
 
 What no kernel takes is ATen, as `to_torch` writes it; the module is called in the same way and holds its constants
@@ -26,7 +26,7 @@ from planish.codegen import torch_calls
 from planish.codegen.cpp_attention import AttentionForm, form_of
 from planish.codegen.cpp_attention import kernel as attention_kernel
 from planish.codegen.regions import Bound, Plan, Region, pack_codes, unpack_codes
-from planish.codegen.select_fuse import LINEARS
+from planish.codegen.select_fuse import LINEARS, Options
 from planish.codegen.torch import emit as emit_node
 from planish.codegen.torch import finished, wide_dtype
 from planish.codegen.torch_emission import Emission
@@ -39,11 +39,17 @@ from planish.ir.types import WIDE_FLOATS, bits, is_float, torch_dtype
 if TYPE_CHECKING:
     from planish.ir.graph import Graph, Node, Value
 
-__all__ = ["emit", "float_of"]
+__all__ = ["emit", "float_of", "options_for"]
 
 aten = torch.ops.aten
 NAMES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32", torch.float64: "f64"}
 KERNEL_FLOATS = ("f32", "bf16", "f16")  # wider first
+NORMS = 2048  # columns: rows of a block of a gemm lie in the second cache until they are finished
+
+
+def options_for(device: str | torch.device) -> Options:
+    """What `select` may fuse for a device."""
+    return Options(norms=NORMS) if torch.device(device).type == "cpu" else Options()
 
 
 def emit(

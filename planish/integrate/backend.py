@@ -35,15 +35,20 @@ from torch._dynamo.exc import RestartAnalysis, SkipFrame
 
 from planish.capture.from_dynamo import Captured, DynamoGraph
 from planish.codegen.torch import to_torch
+from planish.integrate import backend_ahead
 from planish.integrate.backend_code import Code, Lifted, compiled, compiled_later, lift, results
 from planish.integrate.backend_folds import Fold, Folds, counts_versions
 from planish.integrate.backend_options import BackendOptions, read_options
 from planish.integrate.backend_passes import Float, Uncalibrated, quantised
 from planish.ir.errors import FOREIGN, PlanishError
+from planish.passes.threads import each_by_one, team
 
 __all__ = ["backend"]
 
 FAILURES = (PlanishError, *FOREIGN, OSError, MemoryError, subprocess.SubprocessError)
+# Dynamo guards the inputs, `Folds` the constants, a kernel checks what it is given: Inductor need not at each call.
+UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
+SMALL = 1 << 25  # elements of weights for which torch's threads cost the passes more than they bring
 RESTLESS = 3  # calls in a row that find a buffer changed, after which it is an input
 
 _warned: set[str] = set()
@@ -68,10 +73,9 @@ def backend(
         PlanishError: a bad option; with `strict`, a graph that would stay in float.
     """
     chosen = read_options(options, mode)
-    compiler = _inner(chosen)
     rewritten: Rewritten | None = None
     try:
-        rewritten = Rewritten(module, inputs, chosen, compiler)
+        rewritten = Rewritten(module, inputs, chosen, _inner(chosen, UNCHECKED))
         rewritten.start(inputs)
         return rewritten
     except (RestartAnalysis, SkipFrame):
@@ -83,7 +87,7 @@ def backend(
         return rewritten
     except (Float, *FAILURES) as error:
         _give_up(chosen, error)
-    return compiler(module, inputs)
+    return _inner(chosen)(module, inputs)
 
 
 def recalibrated(weights: Sequence[torch.Tensor]) -> None:
@@ -93,10 +97,14 @@ def recalibrated(weights: Sequence[torch.Tensor]) -> None:
         rewritten.folds.drop(known)
 
 
-def _inner(options: BackendOptions) -> Callable[..., Any]:
-    """What compiles graphs: Inductor as torch.compile sets it up, or another backend."""
+def _inner(options: BackendOptions, more: Mapping[str, Any] | None = None) -> Callable[..., Any]:
+    """What compiles graphs: Inductor as torch.compile sets it up, or another backend.
+
+    Args:
+        more: options of Inductor that are not the user's; his own come first.
+    """
     if options.inner == "inductor":
-        return torch._TorchCompileInductorWrapper(options.mode, dict(options.inductor), None)
+        return torch._TorchCompileInductorWrapper(options.mode, {**(more or {}), **options.inductor}, None)
     from torch._dynamo.backends.registry import lookup_backend
 
     return lookup_backend(options.inner)
@@ -159,6 +167,8 @@ class Rewritten:
         Raises:
             Float, PlanishError: nothing can be quantised.
         """
+        if self.options.inner == "inductor" and any(inputs[i].device.type == "cpu" for i in self.dynamo.held):
+            backend_ahead.begin(self.options.inductor)
         lifted, held = self._rewritten(inputs, guard=True)
         code = self.codes[lifted.key] = compiled(lifted, self.compiler, self.dynamo.fakes)
         self.folds.add(inputs, held, lifted.own, code)
@@ -213,9 +223,15 @@ class Rewritten:
         with torch.no_grad():
             _check_weights({self.dynamo.names[i]: inputs[i] for i in self.dynamo.held})
             captured = self._captured(inputs, guard)
-            graph = quantised(captured, self.options, [inputs[i] for i in self.dynamo.held], warn, keep=guard)
+            held = [inputs[i] for i in self.dynamo.held]
+
+            def make(options: BackendOptions) -> fx.GraphModule:
+                return self._emitted(quantised(captured, options, held, warn, keep=guard), inputs)
+
+            small = team() > 1 and sum(t.numel() for t in held) <= SMALL and all(t.device.type == "cpu" for t in held)
+            emitted = each_by_one(make, [self.options], 1)[0] if small else make(self.options)
             numbers = results(self.module.graph.output_node().args[0])  # type: ignore[arg-type]
-            return lift(self._emitted(graph, inputs), captured, inputs, numbers), self.dynamo.held
+            return lift(emitted, captured, inputs, numbers), self.dynamo.held
 
     def _captured(self, inputs: Sequence[Any], guard: bool) -> Captured:
         """The graph; what a module holds and the graph writes to is an input."""
@@ -234,10 +250,11 @@ class Rewritten:
         if self.options.target == "aten":
             return to_torch(graph)
         from planish.codegen.select import select
-        from planish.codegen.torch_regions import emit
+        from planish.codegen.torch_chains import chained
+        from planish.codegen.torch_regions import emit, options_for
 
         device = next((inputs[i].device for i in self.dynamo.held), torch.device("cpu"))
-        return emit(select(graph), device=device)
+        return chained(emit(select(graph, options_for(device)), device=device))
 
 
 def _check_weights(weights: Mapping[str, torch.Tensor]) -> None:

@@ -173,6 +173,8 @@ class ScaleChannels(Pass):
     def _rounding(self, site: Site) -> Rounding:
         weights, inputs = self._formats()
         plain = Quantiser(self.granularity, site.low, site.high)
+        if self.method not in WEIGHT_ONLY and self.weights == self.activations == "auto":
+            return plain
         given = FormatQuantiser(weights, inputs, site.low, site.high, self.clip)
         named = self.method in WEIGHT_ONLY
         return Pair(*(given if named or text != "auto" else plain for text in (self.weights, self.activations)))
@@ -183,13 +185,15 @@ class ScaleChannels(Pass):
         require_finite_space(space)
         picked = np.linspace(0, len(site.samples) - 1, min(self.rows, len(site.samples))).astype(np.int64)
         samples = torch.from_numpy(np.ascontiguousarray(site.samples[picked]))
-        weights = [torch.from_numpy(w.astype(np.float32)) for w in site.weights()]
+        exact = site.weights()
+        weights = [torch.from_numpy(w.astype(np.float32)) for w in exact]
         judge = Judge(samples, weights, self._rounding(site))
-        before = judge.error(np.ones(space.size))
+        candidates = list(self._candidates(site, exact))
+        del exact
+        before, *errors = judge.errors([np.ones(space.size), *(factors for _, factors in candidates)])
         searching = self.method in ("search", "os-plus", "awq")
         label, s, after = "none", None, before
-        for candidate, factors in self._candidates(site):
-            error = judge.error(factors)
+        for (candidate, factors), error in zip(candidates, errors, strict=True):
             if error < after or not searching:
                 label, s, after = candidate, factors, error
         if s is None:
@@ -210,9 +214,9 @@ class ScaleChannels(Pass):
             "inserted": inserted,
         }
 
-    def _candidates(self, site: Site) -> Iterator[tuple[str, np.ndarray]]:
+    def _candidates(self, site: Site, weights: list[np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
         largest = site.largest
-        weight = np.max([np.abs(w).max(0) for w in site.weights()], axis=0)
+        weight = np.max([np.abs(w).max(0) for w in weights], axis=0)
         match self.method:
             case "smoothquant" | "smoothquant-plus":
                 yield f"smoothquant alpha={self.alpha:g}", smoothquant_scale(largest, weight, self.alpha)
@@ -224,7 +228,7 @@ class ScaleChannels(Pass):
                 yield from self._thresholds(largest)
             case "awq":
                 mean = np.abs(site.samples).mean(0).astype(np.float64)
-                shares = awq_weight(site.weights(), self._formats()[0] or Format.parse("int8"))
+                shares = awq_weight(weights, self._formats()[0] or Format.parse("int8"))
                 for alpha in (i / self.steps for i in range(self.steps + 1)):
                     yield f"awq alpha={alpha:g}", awq_scale(mean, None, alpha)
                     yield f"awq alpha={alpha:g} weights", awq_scale(mean, shares, alpha)

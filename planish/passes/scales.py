@@ -6,6 +6,7 @@ float64 [n]; the activation is divided by what they return.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -16,10 +17,13 @@ import torch
 from planish.ir.formats import Format
 from planish.ir.rounding import best_grid, blocks_of, fake_quantize, grid_of, unblocked
 from planish.passes.sites import row_floor
+from planish.passes.threads import each_by_one, team
 
 FLOOR = 1e-5
 LIMIT = 1e4  # of a factor that weights alone choose
 OUTPUTS = 8192  # of one reader that are judged; of a larger one (a head over a vocabulary) every so many-th
+WORKERS = 8  # candidates that are judged at once, at most
+HELD = 1 << 25  # elements of the matrices that candidates judged at once hold, at most
 
 
 def smoothquant_scale(largest: np.ndarray, weight: np.ndarray, alpha: float) -> np.ndarray:
@@ -90,9 +94,25 @@ class Rounding(Protocol):
     def weight(self, w: torch.Tensor) -> torch.Tensor:
         """w [outputs, n] as it will be stored."""
 
+    def product(self, x: torch.Tensor, s: np.ndarray, w: torch.Tensor) -> torch.Tensor:
+        """`activations(x, s)` times the transpose of `weight(w)`, [N, outputs], a tensor of its own."""
+        return self.activations(x, s) @ self.weight(w).T
+
+
+@functools.cache
+def has_int8_products() -> bool:
+    """True where `torch._int_mm` is fast here, and right: without VNNI its sums of pairs may saturate."""
+    try:
+        if not torch.cpu.get_capabilities().get("avx512_vnni"):
+            return False
+        x, w = torch.full((65, 130), -128, dtype=torch.int8), torch.full((70, 130), 127, dtype=torch.int8)
+        return bool((torch._int_mm(x, w.T) == -128 * 127 * 130).all())
+    except (AttributeError, RuntimeError):
+        return False
+
 
 @dataclass(frozen=True, eq=False)
-class FormatQuantiser:
+class FormatQuantiser(Rounding):
     """Rounding to any formats.
 
     Attributes:
@@ -129,7 +149,7 @@ class FormatQuantiser:
 
 
 @dataclass(frozen=True, eq=False)
-class Quantiser:
+class Quantiser(Rounding):
     """The fake quantisation under which candidates are judged: uint8 activations, int8 weights per output.
 
     Attributes:
@@ -144,28 +164,55 @@ class Quantiser:
 
     def activations(self, x: torch.Tensor, s: np.ndarray) -> torch.Tensor:
         """x [N, n], already divided by s [n], as its readers will see it."""
+        codes, scale, zero = self._codes(x, s)
+        return (codes if zero is None else codes - zero) * scale
+
+    def weight(self, w: torch.Tensor) -> torch.Tensor:
+        """w [outputs, n] rounded to int8 codes with one scale per output."""
+        codes, scale = self._weight_codes(w)
+        return codes * scale
+
+    def product(self, x: torch.Tensor, s: np.ndarray, w: torch.Tensor) -> torch.Tensor:
+        """As `Rounding.product`; where the processor has products of int8 by the codes, whose sums are exact."""
+        if not has_int8_products() or not x.numel() or not w.numel():
+            return super().product(x, s, w)
+        codes, scale, zero = self._codes(x, s)
+        weight, by = self._weight_codes(w)
+        narrow = weight.to(torch.int8)
+        if zero is None:
+            sums = torch._int_mm(codes.to(torch.int8), narrow.T).to(torch.float32)
+        else:  # codes of 0 to 255 as int8, and what that takes away
+            sums = torch._int_mm((codes - 128.0).to(torch.int8), narrow.T).to(torch.float32)
+            sums.add_((128.0 - zero) * weight.sum(1))
+        return sums.mul_(by.T).mul_(scale)
+
+    def _codes(
+        self, x: torch.Tensor, s: np.ndarray
+    ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor | float | None]:
+        """Codes [N, n] of x in float32, their scale and zero point, [N, 1] or a number; no zero point: symmetric."""
         low, high = min(float((self.low / s).min()), 0.0), max(float((self.high / s).max()), 0.0)
         if self.granularity == "token":
             floor = row_floor(low, high)
             if floor is None:
                 scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127.0
-                return torch.round(x / scale) * scale
+                return torch.div(x, scale).round_(), scale, None
             zero = torch.floor(255.0 * floor / (x.amax(-1, keepdim=True).clamp(min=0.0) + floor)).clamp(min=1.0)
-            return (torch.clamp(torch.round(x * zero / floor) + zero, 0, 255) - zero) * floor / zero
+            return (x * zero).div_(floor).round_().add_(zero).clamp_(0, 255), floor / zero, zero
         if self.granularity == "tensor":
             low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
         step = max((high - low) / 255.0, 1e-12)
-        offset = round(-low / step)
-        return (torch.clamp(torch.round(x / step) + offset, 0, 255) - offset) * step
+        offset = float(round(-low / step))
+        return torch.div(x, step).round_().add_(offset).clamp_(0, 255), step, offset
 
-    def weight(self, w: torch.Tensor) -> torch.Tensor:
-        """w [outputs, n] rounded to int8 codes with one scale per output."""
+    @staticmethod
+    def _weight_codes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes [outputs, n] of w in float32, and their scales [outputs, 1]."""
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127.0
-        return torch.round(w / scale) * scale
+        return torch.div(w, scale).round_(), scale
 
 
 @dataclass(frozen=True, eq=False)
-class Pair:
+class Pair(Rounding):
     """Weights as one rounds them, activations as another does."""
 
     of_weights: Rounding
@@ -207,8 +254,19 @@ class Judge:
         Row by row, because norms behind the readers make every row count the same.
         """
         factors = torch.from_numpy(s.astype(np.float32))
-        x = self.quantiser.activations(self.samples / factors, s)
-        return self.measure(x @ self.quantiser.weight(self.weight * factors).T)
+        return self.measure(self.quantiser.product(self.samples / factors, s, self.weight * factors))
+
+    def errors(self, candidates: Sequence[np.ndarray]) -> list[float]:
+        """`error` of each of the candidates.
+
+        Several are judged at once, each by one thread: next to another busy process, matrices as small as these lose
+        far more in the barriers of a team of threads than they win. Large ones are left to torch's threads.
+        """
+        held = self.weight.numel() + self.samples.numel() + self.exact.numel()
+        workers = min(WORKERS, team(), len(candidates), HELD // max(held, 1))
+        if workers < 2:
+            return [self.error(s) for s in candidates]
+        return each_by_one(self.error, candidates, workers)
 
     def measure(self, outputs: torch.Tensor) -> float:
         """The error of outputs [N, all outputs of the readers judged]; they are not kept."""

@@ -5,10 +5,17 @@
 namespace attention {
 
 using gemm::Floats;
+using gemm::Ints;
 using gemm::Words;
 
 constexpr int ROWS = 8;      // of a tile
+constexpr int BLOCK = 32;    // keys that are weighed in registers
 constexpr int KEYS = 512;    // that are weighed at a time
+#if defined(__AVX512F__)
+constexpr int UNROLL = ROWS;  // loops over rows whose vectors stay in registers
+#else
+constexpr int UNROLL = 1;
+#endif
 constexpr float LOG2E = 1.4426950408889634f;
 
 // Sizes, places and steps from one batch, head and row to the next, in elements; a step of 0 repeats.
@@ -23,26 +30,10 @@ struct Row {
     int64_t head, place;
 };
 
-// 2^x for x <= 0; 0 below -125.
-static inline __attribute__((always_inline)) float power(float x) {
-    float kept = row::maximum(x, -126.0f);
-    float n = __builtin_rintf(kept), r = kept - n;
-    float p = row::fused(1.327624311670661e-3f, r, 9.675770066678524e-3f);
-    p = row::fused(p, r, 5.550715699791908e-2f);
-    p = row::fused(p, r, 2.4022115767002106e-1f);
-    p = row::fused(p, r, 6.931469440460205e-1f);
-    p = row::fused(p, r, 1.0f);
-    float made = row::float_of(row::bits_of(p) + ((uint32_t)(int32_t)n << 23));
-    return x >= -125.0f ? made : x == x ? 0.0f : x;
-}
-
 // In the place of a mask's type: there is no mask.
 struct None {
     int64_t none[2];
 };
-
-// Keys as they are weighed: a multiple of 32.
-static inline int padded(int64_t keys) { return ((int)keys + 31) / 32 * 32; }
 
 // What follows from the node: constants of an emitted file.
 template <typename T_, typename M_, int D_, int E_, bool HALF_, bool CAUSAL_, bool SAFE_, bool CAPPED_, bool SINKS_>
@@ -58,6 +49,7 @@ struct Form {
 #else
     static constexpr bool HALF = false;
 #endif
+    static constexpr int APART = HALF ? DEPTH / 2 : DEPTH;  // floats of a packed query
     static constexpr bool PACKS_VALUES = HALF || sizeof(T) != 4 || E % 16 != 0;
 };
 
@@ -66,7 +58,25 @@ template <typename F>
 static inline int64_t scratch(int64_t keys) {
     int64_t whole = (keys + 31) / 32 * 32;
     int64_t packed = whole * F::DEPTH + (F::PACKS_VALUES ? whole * F::WIDTH : 0);
-    return packed + ROWS * (F::DEPTH + KEYS + F::WIDTH) + 64;
+    return packed + ROWS * (F::DEPTH + 2 * KEYS + F::WIDTH) + 64;
+}
+
+// The first numbers of a row as float32, 16 or what there is of them; zeros after them.
+template <typename T>
+static inline __attribute__((always_inline)) Floats part16(const T *at, int columns) {
+    if (columns >= 16) return gemm::wide16(at);
+    T held[16] = {};
+    for (int i = 0; i < columns; ++i) held[i] = at[i];
+    return gemm::wide16(held);
+}
+
+// 16 numbers to memory, or as many as there are columns.
+template <typename T>
+static inline __attribute__((always_inline)) void put16(T *at, Floats x, int columns) {
+    if constexpr (sizeof(T) == 4) {
+        if (columns >= 16) return gemm::store(at, x);
+    }
+    for (int i = 0; i < 16 && i < columns; ++i) at[i] = row::narrow<T>(x[i]);
 }
 
 // -- packing -------------------------------------------------------------------------------------
@@ -193,62 +203,31 @@ static inline __attribute__((always_inline)) Floats add(Floats sum, Floats w, co
     return gemm::fused(w, *x - Floats{}, sum);
 }
 
-#if !defined(__AVX512F__)
-// As below, by loops that the compiler turns into vectors of the machine: it takes vectors of 16 apart into numbers.
-template <bool HALF, bool MORE>
-static inline void tile(const float *x, int64_t apart, const float *w, int64_t step, int64_t count, float *made,
-                        int64_t wide, int columns) {
-    for (int r = 0; r < ROWS; ++r) {
-        float sums[32] = {};
-        int width = columns > 16 ? 32 : 16;
-        for (int64_t i = 0; i < count; ++i) {
-            float factor = x[r * apart + i];
-            const float *line = w + i * step;
-            if (width == 32) {
-#pragma omp simd
-                for (int j = 0; j < 32; ++j) sums[j] += factor * line[j];
-            } else {
-#pragma omp simd
-                for (int j = 0; j < 16; ++j) sums[j] += factor * line[j];
-            }
-        }
-        for (int j = 0; j < width; ++j) made[r * wide + j] = MORE ? made[r * wide + j] + sums[j] : sums[j];
-    }
-}
-#else
-constexpr int TILE = ROWS;  // rows whose sums stay in registers, of 32 columns each
-
-// made[r][0 .. 32) = (MORE: +=) sum_i x[r][i] w[i][0 .. 32) of ROWS rows; `columns` of 16: half of them.
-template <bool HALF, bool MORE>
+// sums[r] += sum_i x[r][i] w[i][0 .. 16 COLUMNS) of COUNT rows; Half: over pairs.
+template <bool HALF, int COUNT, int COLUMNS>
 static inline __attribute__((always_inline)) void tile(const float *x, int64_t apart, const float *w, int64_t step,
-                                                       int64_t count, float *made, int64_t wide, int columns) {
-    for (int first = 0; first < ROWS; first += TILE) {
-        Floats sums[TILE][2] = {};
-        const float *left = x + first * apart;
-        if (columns > 16) {
-            for (int64_t i = 0; i < count; ++i) {
-                Floats a = gemm::load<Floats>(w + i * step), b = gemm::load<Floats>(w + i * step + 16);
-#pragma GCC unroll 8
-                for (int r = 0; r < TILE; ++r) {
-                    sums[r][0] = add<HALF>(sums[r][0], a, left + r * apart + i);
-                    sums[r][1] = add<HALF>(sums[r][1], b, left + r * apart + i);
-                }
-            }
-        } else {
-            for (int64_t i = 0; i < count; ++i) {
-                Floats a = gemm::load<Floats>(w + i * step);
-#pragma GCC unroll 8
-                for (int r = 0; r < TILE; ++r) sums[r][0] = add<HALF>(sums[r][0], a, left + r * apart + i);
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE; ++r) {
-            float *to = made + (first + r) * wide;
-            gemm::store(to, MORE ? gemm::load<Floats>(to) + sums[r][0] : sums[r][0]);
-            if (columns > 16) gemm::store(to + 16, MORE ? gemm::load<Floats>(to + 16) + sums[r][1] : sums[r][1]);
+                                                       int64_t count, Floats (&sums)[COUNT][2]) {
+#if defined(__AVX512F__)
+#pragma GCC unroll 2
+    for (int64_t i = 0; i < count; ++i) {
+        Floats a = gemm::load<Floats>(w + i * step), b = COLUMNS > 1 ? gemm::load<Floats>(w + i * step + 16) : a;
+#pragma GCC unroll UNROLL
+        for (int r = 0; r < COUNT; ++r) {
+            sums[r][0] = add<HALF>(sums[r][0], a, x + r * apart + i);
+            if (COLUMNS > 1) sums[r][1] = add<HALF>(sums[r][1], b, x + r * apart + i);
         }
     }
-}
+#else  // vectors of 16 are taken apart into numbers there: loops that become vectors of the machine
+    for (int r = 0; r < COUNT; ++r) {
+        float held[32];
+        __builtin_memcpy(held, sums[r], sizeof held);
+        for (int64_t i = 0; i < count; ++i) {
+#pragma omp simd
+            for (int j = 0; j < 16 * COLUMNS; ++j) held[j] += x[r * apart + i] * w[i * step + j];
+        }
+        __builtin_memcpy(sums[r], held, sizeof held);
+    }
 #endif
+}
 
 }  // namespace attention

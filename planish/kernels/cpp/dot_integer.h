@@ -8,14 +8,30 @@
 
 namespace gemm {
 
+// Memory that many rows ask for while they are multiplied: `step` bytes further on after each unit.
+struct Ahead {
+    const uint8_t *at;
+    int64_t step;
+};
+
+// The block of a weight behind that of a tile, of which each tile of rows asks for its share, while its first panels are
+// multiplied: a block is read from the third cache or from memory once for all rows. `weight`: as for `add_products`.
+template <int R>
+static inline __attribute__((always_inline)) Ahead ahead_of(const uint8_t *weight, int64_t panel, int64_t block_units,
+                                                            int64_t units, int64_t row, int64_t rows) {
+    int64_t step = panel == 0 ? 256 * R / rows : 0;
+    return {weight + (block_units * 4 - panel) * 64 + row / R * units * step, step};
+}
+
 // sum[i][j] += weight of panel j times row i over `units` units of 32 / BITS columns each.
 template <int BITS, int R, int C>
 static inline __attribute__((always_inline)) void add_products(Ints (&sum)[R][C], const int8_t *left, int64_t step,
-                                                               const uint8_t *weight, int64_t units) {
+                                                               const uint8_t *weight, int64_t units, Ahead ahead) {
     constexpr int PARTS = 8 / BITS;
     constexpr uint32_t MASK = BITS == 8 ? 0xffffffff : BITS == 4 ? 0x0f0f0f0f : 0x03030303;
     for (int64_t unit = 0; unit < units; ++unit) {
         soon<R, 64 * C>(weight + unit * 256);
+        if (R > 4) __builtin_prefetch(ahead.at + unit * ahead.step);
         Words held[C];
 #pragma GCC unroll 4
         for (int j = 0; j < C; ++j) held[j] = load<Words>(weight + unit * 256 + j * 64);
@@ -40,7 +56,13 @@ static void row_sums(const int8_t *left, int64_t rows, int64_t columns, int64_t 
         for (int64_t group = 0; group < groups; ++group) {
             int64_t first = group * unit, last = first + unit < columns ? first + unit : columns;
             int32_t sum = 0;
-            for (int64_t k = first; k < last; ++k) sum += left[i * columns + k];
+            if ((last - first) % 64 == 0) {
+                Ints lanes{};
+                for (int64_t k = first; k < last; k += 64) lanes = bytes4(lanes, load<Ints>(left + i * columns + k));
+                sum = total(lanes);
+            } else {
+                for (int64_t k = first; k < last; ++k) sum += left[i * columns + k];
+            }
             sums[i * groups + group] = sum;
         }
     }

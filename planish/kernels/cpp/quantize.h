@@ -4,6 +4,9 @@
 // x is multiplied by 1 / scale; the ratio is rounded to the nearest integer, ties to even. A scale is 1 where the range
 // is nothing, and at least the least normal float32.
 #include "base.h"
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace row {
 
@@ -28,6 +31,26 @@ static inline __attribute__((always_inline)) int8_t code_of(float ratio, int32_t
 
 static inline __attribute__((always_inline)) int8_t shifted_code(float ratio, int32_t zero, int32_t low, int32_t high) {
     return (int8_t)(clamped(__builtin_irintf(minimum(ratio, 1048576.0f)), low - zero, high - zero) + zero);
+}
+
+// `shifted_code` of a row under one scale; zero = 0: `code_of`.
+template <int LOW, int HIGH>
+static inline void codes_of(const float *__restrict x, int64_t columns, float inverse, int32_t zero,
+                            int8_t *__restrict codes) {
+#if defined(__AVX512F__)
+    __m512i least = _mm512_set1_epi32(LOW - zero), most = _mm512_set1_epi32(HIGH - zero), shift = _mm512_set1_epi32(zero);
+    for (int64_t j = 0; j < columns; j += 16) {
+        __mmask16 some = (__mmask16)(columns - j < 16 ? (1u << (columns - j)) - 1 : 0xffff);
+        __m512 ratio = _mm512_mul_ps(_mm512_maskz_loadu_ps(some, x + j), _mm512_set1_ps(inverse));
+        __m512i code = _mm512_cvtps_epi32(_mm512_min_ps(ratio, _mm512_set1_ps(1048576.0f)));
+        code = _mm512_max_epi32(code, least);
+        if (HIGH < 127) code = _mm512_min_epi32(code, most);  // what makes bytes of integers clamps them to 127
+        _mm512_mask_cvtsepi32_storeu_epi8(codes + j, some, _mm512_add_epi32(code, shift));
+    }
+#else
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) codes[j] = shifted_code(x[j] * inverse, zero, LOW, HIGH);
+#endif
 }
 
 // The zero point of a row whose least element is `bottom` <= 0, from `low` on.

@@ -60,6 +60,26 @@ static inline __attribute__((always_inline)) Ints dot4(Ints sum, Words w, int32_
 #endif
 }
 
+// sum + the four signed bytes of each lane.
+static inline __attribute__((always_inline)) Ints bytes4(Ints sum, Ints x) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, _mm512_set1_epi8(1), (__m512i)x);
+#else
+    return sum + ((Ints)((Words)x << 24) >> 24) + ((Ints)((Words)x << 16) >> 24) + ((Ints)((Words)x << 8) >> 24) + (x >> 24);
+#endif
+}
+
+// The sum of all lanes.
+static inline __attribute__((always_inline)) int32_t total(Ints x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_epi32((__m512i)x);
+#else
+    int32_t sum = 0;
+    for (int i = 0; i < 16; ++i) sum += x[i];
+    return sum;
+#endif
+}
+
 // Codes of 4 or 2 bits, stored as unsigned ones, from bit `place` on of each lane; SIGNED: less 2^(BITS - 1).
 template <int BITS, bool SIGNED>
 static inline __attribute__((always_inline)) Floats codes(Words held, int place) {
@@ -141,6 +161,18 @@ static inline __attribute__((always_inline)) void soon(const void *at) {
     if (ROWS > 4) return;
 #pragma GCC unroll 8
     for (int line = 0; line < BYTES; line += 64) __builtin_prefetch((const char *)at + AHEAD + line);
+}
+
+// Ask for R rows of COLUMNS elements, `step` elements apart, that are read (WRITE: written) some time later.
+template <int R, int COLUMNS, int WRITE, typename T>
+static inline __attribute__((always_inline)) void ask(const T *at, int64_t step) {
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+#pragma GCC unroll 4
+        for (int line = 0; line < COLUMNS * (int)sizeof(T); line += 64) {
+            __builtin_prefetch((const char *)(at + i * step) + line, WRITE);
+        }
+    }
 }
 
 template <typename T, int R, int C>
