@@ -5,8 +5,9 @@
 
 MiniLM-L6 on 1 and 8 real texts of 128 tokens, and a decoder like LLaMA (16 layers, width 1024, random weights;
 `backend_models.py`) on a prompt of 128 tokens and on one token behind a cache of 256. Each engine runs in a process of
-its own with the same inputs and as many threads as are allowed to all; in every round each runs in turn, once untimed
-to warm the caches that the others filled, then timed, while the others sleep. Medians; the ratios are of one run.
+its own with the same inputs and as many threads as are allowed to all; in every round each runs in turn, untimed (once,
+and for 30 ms) to warm the caches that the others filled, then timed (for 50 ms at least), while the others sleep.
+Medians; the ratios are of one run.
 
 cosine  of pooled embeddings to float's on sentences of Brown (MiniLM), of the logits to float's (decoder: that all
         compute the same thing; its weights are random, quantised to 4 bits nothing is expected of it)

@@ -125,7 +125,7 @@ class Field:
             return None
 
     def times(self, rounds: int, runs: int, key: str = "times") -> dict[str, list[float]]:
-        """Seconds of each engine: in every round each runs once to warm its caches, then `runs` times.
+        """Seconds of each engine: in every round each runs to warm its caches, then at least `runs` times.
 
         Args:
             key: "times", or "processor": of the processes' own time, which a machine's other work does not add to.
@@ -135,7 +135,7 @@ class Field:
             names = list(self.workers)
             begin = turn % max(1, len(names))
             for name in names[begin:] + names[:begin]:
-                answer = self.ask(name, warm=1, runs=runs)
+                answer = self.ask(name, runs=runs)
                 found[name] += answer[key] if answer else []
         return {name: times for name, times in found.items() if name in self.workers}
 

@@ -5,7 +5,8 @@
 It says on its output, a line of JSON each: `{"ready": seconds}` when the first run is done, or `{"error": text}`.
 Then for each line of JSON on its input:
 
-    {"warm": 1, "runs": 3}     -> {"times": [seconds, ...], "processor": [...]}   after runs that are not timed
+    {"runs": 3}                -> {"times": [seconds, ...], "processor": [...]}   at least so many, and for 50 ms, after
+                                  runs that are not timed: one at least, and for 30 ms
     {"output": "FILE"}         -> {"saved": "FILE"}            the first output of the case's inputs, as .npy
     {"texts": "FILE", "output": "FILE"} -> the same            MiniLM's pooled embeddings of the lines of a file
     {"profile": 20}            -> {"rows": [[name, calls a run, seconds a run], ...]}   torch's operators, by own time
@@ -27,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import backend_engines as engines
 import backend_models as models
 import numpy as np
+
+WARM, TIMED = 0.03, 0.05  # seconds of runs, for models that take less than that
 
 
 def pooled(run: engines.Run, case: models.Case, texts: list[str]) -> np.ndarray:
@@ -76,10 +79,13 @@ def main() -> int:
     for line in sys.stdin:
         request = json.loads(line)
         if "runs" in request:
-            for _ in range(request["warm"]):
+            start = time.perf_counter()
+            run(given)
+            while time.perf_counter() - start < WARM:
                 run(given)
-            times, processor = [], []
-            for _ in range(request["runs"]):
+            times: list[float] = []
+            processor: list[float] = []
+            while len(times) < request["runs"] or sum(times) < TIMED:
                 start, begin = time.perf_counter(), time.process_time()
                 run(given)
                 times.append(time.perf_counter() - start)
