@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle  # noqa: TID251 - users may pickle a module; planish itself loads none
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ import zoo_models
 
 HERE = Path(__file__).parent
 KERNELS = 7  # two norms; q, k and v; the codes that o reads; o; gate and up with the next codes; down
+ON_CPU = 6  # o with the norm behind it
 LOSS = 0.05  # relative error of a tiny random model that int8 rounding stays below
 
 
@@ -72,9 +74,10 @@ def tokens(batch: int = 2, length: int = 7, seed: int = 0, most: int = 100) -> t
 
 
 def kernels(module: torch.fx.GraphModule, space: str = "planish_cpu") -> int:
-    """The kernels of regions: attention, on the CPU a kernel as well, is not counted."""
+    """The kernels of regions, those of a chain each; attention, on the CPU a kernel as well, is not counted."""
     names = [str(n.target) for n in module.graph.nodes]
-    return sum(name.startswith(f"{space}.") and not name.startswith("planish_cpu.attention") for name in names)
+    own = [n for n in names if n.startswith(f"{space}.") and not n.startswith("planish_cpu.attention")]
+    return sum(int(chain[1]) if (chain := re.search(r"\.chain_of_(\d+)_", name)) else 1 for name in own)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -97,7 +100,7 @@ def optimised(block: Block) -> OptimizedModule:
 def test_it_computes_nearly_what_the_model_does(block: Block, optimised: OptimizedModule) -> None:
     """One module for every batch and length; outputs in the model's own structure."""
     assert isinstance(optimised, nn.Module) and not optimised.training
-    assert kernels(optimised) == KERNELS
+    assert kernels(optimised) == ON_CPU
     with torch.no_grad():
         for batch, length in ((2, 7), (1, 1), (7, 3), (1, 128)):
             ids = tokens(batch, length, seed=batch)
@@ -136,7 +139,7 @@ def test_it_shares_nothing_with_the_model() -> None:
 def test_models_of_narrow_floats(dtype: torch.dtype) -> None:
     block = model().to(dtype)
     module = planish.optimize(block, tokens())
-    assert kernels(module) == KERNELS
+    assert kernels(module) == ON_CPU
     with torch.no_grad():
         got, expected = module(tokens())["y"], block.float()(tokens())["y"]
     assert got.dtype == dtype
@@ -377,13 +380,13 @@ def test_pickled_to_another_process(optimised: OptimizedModule, tmp_path: Path) 
 def test_conversion_emits_anew(dtype: torch.dtype, optimised: OptimizedModule) -> None:
     made = copy.deepcopy(optimised).to(dtype)
     assert made.planish.dtype == dtype
-    assert kernels(made) == (0 if dtype == torch.float64 else KERNELS)
+    assert kernels(made) == (0 if dtype == torch.float64 else ON_CPU)
     assert all(p.dtype == dtype for p in made.parameters())
     got, expected = made(tokens())["y"], optimised(tokens())["y"]
     assert got.dtype == dtype and distance(got, expected) <= LOSS
     assert {*made.state_dict()} == {*optimised.state_dict()}
     back = made.float()
-    assert back.planish.dtype == torch.float32 and kernels(back) == KERNELS
+    assert back.planish.dtype == torch.float32 and kernels(back) == ON_CPU
     assert distance(back(tokens())["y"], expected) <= LOSS
 
 

@@ -25,8 +25,9 @@ import torch.utils._pytree as pytree
 
 from planish.codegen.select import select
 from planish.codegen.torch import wide_dtype
+from planish.codegen.torch_chains import chained
 from planish.codegen.torch_emission import python_name
-from planish.codegen.torch_regions import NAMES, emit
+from planish.codegen.torch_regions import NAMES, emit, options_for
 from planish.ir.constant import Constant
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph, Value
@@ -86,7 +87,8 @@ class OptimizedModule(torch.fx.GraphModule):
         Args:
             live: tensors that stay as they are, by their names in the module.
         """
-        emitted = emit(select(made.graph), device=made.device, dtype=made.dtype)
+        plan = select(made.graph, options_for(made.device))
+        emitted = chained(emit(plan, device=made.device, dtype=made.dtype))
         emitted.requires_grad_(False)
         names: dict[str, str] = emitted.meta["constants"]
         for name in {*names.values()} & {*(live or {})}:
