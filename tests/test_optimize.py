@@ -502,3 +502,71 @@ def test_compiled_by_inductor(recipe: str, block: Block) -> None:
         ids = tokens(batch, length)
         # ATen ops are compiled to other orders of sums: codes may flip by one, at most a step of 1 / 127, or of 1 / 7
         assert distance(compiled(ids)["y"], module(ids)["y"]) <= (1 / 7 if recipe == "svdquant" else 1 / 127)
+
+
+# -- numbers at the border of what floats hold -------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Self-attention with a mask of floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        q, k, v = (one(x).unflatten(2, (4, 16)).transpose(1, 2) for one in (self.q, self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", ["least", -1e30, -1e9])
+def test_rows_whose_keys_are_all_masked_by_finite_numbers(masked: str | float, dtype: torch.dtype) -> None:
+    """What transformers write: such a row weighs all keys alike, beside rows that see some of them."""
+    torch.random.manual_seed(0)
+    attention = Attention().eval().requires_grad_(False).to(dtype)
+    value = torch.finfo(dtype).min if masked == "least" else masked
+    for tokens in (9, 40, 600):
+        x, mask = torch.randn(2, tokens, 64, dtype=dtype), torch.zeros(tokens, tokens, dtype=dtype)
+        mask[0], mask[1, : tokens // 2], mask[3, 1:] = value, value, value
+        expected, got = attention(x, mask), planish.optimize(attention, (x, mask))(x, mask)
+        for row in range(4):
+            assert distance(got[:, row], expected[:, row]) <= LOSS, (tokens, row)
+
+
+RECIPES_AT_RUN_TIME = [
+    "raise,quantize{activations=int8:token}", "raise,quantize{activations=uint8:token}",
+    "raise,quantize{activations=int8:g32}", "raise,quantize{weights=int4:g32 activations=int4:g32}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES_AT_RUN_TIME)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_no_number_stays_none_and_alone(recipe: str, bad: float) -> None:
+    torch.random.manual_seed(0)
+    layers = {
+        "linear": nn.Linear(64, 40),
+        "norms": nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 33)),
+        "relu": nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 40)),
+    }
+    for name, model in layers.items():
+        module = planish.optimize(model.eval().requires_grad_(False), torch.randn(9, 64), recipe)
+        for rows in (1, 3, 40, 100):
+            x = torch.randn(rows, 64)
+            clean = module(x)
+            x[rows // 2, 5] = bad
+            float_row, row = model(x)[rows // 2], module(x)[rows // 2]
+            assert not row[~float_row.isfinite()].isfinite().any(), (name, rows)
+            others = torch.arange(rows) != rows // 2
+            assert torch.equal(module(x)[others], clean[others]), (name, rows)
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-token", "raise,quantize{weights=int4:g32}"])
+def test_one_output(recipe: str) -> None:
+    """Its scale and its bias are numbers without an axis."""
+    torch.random.manual_seed(0)
+    for model in (nn.Linear(64, 1), nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 1, bias=False))):
+        module = planish.optimize(model.eval().requires_grad_(False), torch.randn(4, 64), recipe)
+        x = torch.randn(50, 64)
+        assert distance(module(x), model(x)) <= 5 * LOSS
+        assert distance(module(x), planish.to_torch(module.planish.graph)(x)) <= 1e-6

@@ -60,9 +60,6 @@ class _Chain(ctypes.Structure):
     )
 
 
-_kept: list[Any] = []  # what the library points to
-
-
 def native() -> cpp_op._Dispatch | None:
     """The library of boxed functions; None where ops have none."""
     return cpp_op._dispatch(cpp.NAMESPACE) if cpp_build.compiler() else None
@@ -99,10 +96,10 @@ def _made(name: str, steps: Sequence[Step], given: int, made: Sequence[int]) -> 
     import torch
 
     found, library = native(), cpp._library()
-    if found is None or len(_kept) >= found.library.chain_places():
+    if found is None:
         return None
     slots, rows = _slots_of(steps), _rows(steps[0])
-    function = _function(found, steps, given, made, rows, slots)
+    held, *kept = _held(found, steps, given, made, rows, slots)
 
     def fake(*tensors: torch.Tensor) -> Any:
         count = tensors[rows[0]].shape[rows[1]]
@@ -115,7 +112,7 @@ def _made(name: str, steps: Sequence[Step], given: int, made: Sequence[int]) -> 
     library.define(
         f"{name}({arguments}) -> {f'({back})' if len(made) > 1 else back}", tags=(torch.Tag.pt2_compliant_tag,)
     )
-    if found.torch.aoti_torch_library_impl(found.handle, name.encode(), function):
+    if not found.add(name, "place_chain", held, *kept):
         raise PlanishError(f"{name}: torch does not take the op")
     torch.library.register_fake(f"{cpp.NAMESPACE}::{name}", fake, lib=library)
     return getattr(getattr(torch.ops, cpp.NAMESPACE), name).default
@@ -177,15 +174,15 @@ def pieces(steps: Sequence[Step], within: Sequence[int]) -> tuple[list[tuple[int
     return sizes, place
 
 
-def _function(
+def _held(
     dispatch: cpp_op._Dispatch,
     steps: Sequence[Step],
     given: int,
     made: Sequence[int],
     rows: tuple[int, int],
     slots: dict[int, cpp_op.Slot],
-) -> ctypes.c_void_p:
-    """The boxed function of a chain."""
+) -> tuple[Any, ...]:
+    """A chain as its boxed function reads it, and what it points to."""
     within = [v for step in steps for v in step.made if v not in made]
     order = {v: i for i, v in enumerate([*range(given), *made, *within])}
     found, place = pieces(steps, within)
@@ -221,7 +218,7 @@ def _function(
         byte=int(dispatch.torch.aoti_torch_dtype_uint8()),
     )
 
-    def wait(_: int) -> None:
+    def wait() -> None:
         try:
             for run, step in zip(runs, steps, strict=True):
                 assert step.kernel.pending is not None
@@ -231,7 +228,4 @@ def _function(
             held.problem = str(error).encode()
 
     held.wait = cpp_op._WAIT(wait)
-    index = len(_kept)
-    _kept.append((held, runs, kept))
-    dispatch.library.chain_place.restype = ctypes.c_void_p
-    return ctypes.c_void_p(dispatch.library.chain_place(ctypes.c_int32(index), ctypes.byref(held)))
+    return held, runs, kept

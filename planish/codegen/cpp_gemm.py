@@ -79,12 +79,13 @@ class Gemm(TileWriter):
 
     def _results(self) -> None:
         """Write the struct `Results` and the function that makes it."""
-        arrays = [*self.plan.kept, *(name for name, _, _ in self.plan.extremes)]
+        arrays = [f"float *{name};" for name in self.plan.kept]
+        arrays += [f"int32_t *{name};" for name, _, _ in self.plan.extremes]
         self.line("// What is kept of a block of rows: numbers of a row from a column on, and partial extremes.")
         self.line("struct Results {")
         self.line("int64_t first_column;", 1)
-        for name in arrays:
-            self.line(f"float *{name};", 1)
+        for line in arrays:
+            self.line(line, 1)
         self.line("};")
         self.line()
         self.line("static Results results_of(float *memory, int64_t rows, int64_t lanes, int64_t from) {")
@@ -93,7 +94,8 @@ class Gemm(TileWriter):
         for i, name in enumerate(self.plan.kept):
             self.line(f"to.{name} = memory + {i} * rows * WIDTH;", 1)
         for i, (name, _, _) in enumerate(self.plan.extremes):
-            self.line(f"to.{name} = memory + rows * ({len(self.plan.kept)} * WIDTH + {i} * lanes);", 1)
+            place = f"memory + rows * ({len(self.plan.kept)} * WIDTH + {i} * lanes)"
+            self.line(f"to.{name} = (int32_t *)({place});", 1)
         self.line("return to;", 1)
         self.line("}")
         self.line()
@@ -187,7 +189,7 @@ class Gemm(TileWriter):
             "given": "".join(f", const float *{n}" for n in self.results),
             "near": ", ".join(near),
             "clear": "".join(
-                f"    for (int64_t i = 0; i < rows; ++i) std::memset(to.{n} + i * lanes, 0, LANES * sizeof(float));\n"
+                f"    for (int64_t i = 0; i < rows; ++i) std::memset(to.{n} + i * lanes, 0, LANES * sizeof(int32_t));\n"
                 for n in extremes
             ),
             "soon": "".join(f"        {line}\n" for line in self._soon()),

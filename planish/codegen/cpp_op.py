@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,7 @@ class _Tensor(ctypes.Structure):
     )
 
 
-_WAIT = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_WAIT = ctypes.CFUNCTYPE(None)
 
 
 class _Kernel(ctypes.Structure):
@@ -84,17 +85,48 @@ class Slot:
 
 @dataclass
 class _Dispatch:
-    """The library of boxed functions and the ops that are registered with it, which live as long as the process."""
+    """Libraries of boxed functions and the ops that are registered with them, which live as long as the process.
+
+    A library has so many places. The next one is the same text compiled once more, loaded when the first is full.
+    """
 
     torch: ctypes.CDLL
+    functions: Any
     library: ctypes.CDLL
     handle: ctypes.c_void_p
+    used: int = 0
+    libraries: int = 1
     kept: list[Any] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, name: str, kind: str, kernel: ctypes.Structure, *kept: Any) -> bool:
+        """Give a boxed function to the op `name`; False if torch does not take it.
+
+        Args:
+            kind: the library's function that fills a place: "place", "place_strided" or "place_chain".
+            kernel, kept: what the place points to, and what that points to.
+        """
+        with self.lock:
+            if self.used == self.library.places():
+                self.library, self.used = _loaded(self.functions, self.libraries), 0
+                self.libraries += 1
+            place = getattr(self.library, kind)
+            place.restype = ctypes.c_void_p
+            function = ctypes.c_void_p(place(ctypes.c_int32(self.used), ctypes.byref(kernel)))
+            self.used += 1
+            self.kept.append((kernel, *kept))
+            return not self.torch.aoti_torch_library_impl(self.handle, name.encode(), function)
 
 
-def begin() -> cpp_build.Pending:
-    """The library of boxed functions, which is being compiled: one for all kernels and chains."""
-    return cpp_build.start(cpp_headers.text(("chain.h",)), "dispatch")
+def begin(copy: int = 0) -> cpp_build.Pending:
+    """A library of boxed functions, which is being compiled: of kernels and of chains."""
+    return cpp_build.start(cpp_headers.text(("chain.h",)) + (f"// {copy}\n" if copy else ""), "dispatch")
+
+
+def _loaded(functions: Any, copy: int = 0) -> ctypes.CDLL:
+    library = begin(copy).library()
+    library.attach(functions)
+    return library
 
 
 @functools.cache
@@ -109,15 +141,13 @@ def _dispatch(namespace: str) -> _Dispatch | None:
     names = [f"aoti_torch_{name}" for name in FUNCTIONS]
     if not all(hasattr(held, name) for name in (*names, "aoti_torch_library_init_impl", "aoti_torch_library_impl")):
         return None
-    library = begin().library()
-    pointers = (ctypes.c_void_p * len(names))(*(ctypes.cast(getattr(held, n), ctypes.c_void_p).value for n in names))
-    library.attach(pointers)
-    library.place.restype = library.place_strided.restype = ctypes.c_void_p
+    functions = (ctypes.c_void_p * len(names))(*(ctypes.cast(getattr(held, n), ctypes.c_void_p).value for n in names))
+    library = _loaded(functions)
     handle = ctypes.c_void_p()
     made = held.aoti_torch_library_init_impl(
         namespace.encode(), b"CPU", b"planish", ctypes.c_uint32(0), ctypes.byref(handle)
     )
-    return None if made else _Dispatch(held, library, handle)
+    return None if made else _Dispatch(held, functions, library, handle)
 
 
 def _tensors(found: _Dispatch, slots: Sequence[Slot]) -> Any:
@@ -132,7 +162,7 @@ def _tensors(found: _Dispatch, slots: Sequence[Slot]) -> Any:
 def _waiting(kernel: _Kernel | _Strided, pending: cpp_build.Pending) -> Any:
     """What waits for a kernel's library and takes its `entry`, or says why there is none."""
 
-    def wait(_: int) -> None:
+    def wait() -> None:
         try:
             kernel.entry = ctypes.cast(pending.library().entry, ctypes.c_void_p).value
         except (PlanishError, OSError) as error:
@@ -163,17 +193,11 @@ def register(
     slots = (*given, *made)
     if found is None or len(slots) > MOST_TENSORS or any(len(s.shape) > MOST_AXES for s in slots):
         return False
-    index = len(found.kept)
-    if index >= found.library.places():
-        return False
     tensors = _tensors(found, slots)
     place = (ctypes.c_int32 * len(slots))(*(slot.place for slot in slots))
     kernel = _Kernel(None, _WAIT(), None, tensors, place, inputs, len(given), len(made), *(rows or (-1, 0)))
-
     kernel.wait = _waiting(kernel, pending)
-    found.kept.append((kernel, tensors, place))
-    function = ctypes.c_void_p(found.library.place(ctypes.c_int32(index), ctypes.byref(kernel)))
-    return not found.torch.aoti_torch_library_impl(found.handle, name.encode(), function)
+    return found.add(name, "place", kernel, tensors, place)
 
 
 def register_strided(
@@ -202,13 +226,8 @@ def register_strided(
     slots = (*given, made)
     if found is None or len(slots) > MOST_TENSORS or any(len(s.shape) > MOST_AXES for s in slots) or len(letters) > 8:
         return False
-    index = len(found.kept)
-    if index >= found.library.places():
-        return False
     tensors, loose = _tensors(found, slots), (ctypes.c_int32 * len(given))(*(s.name in broadcast for s in given))
     kernel = _Strided(None, _WAIT(), None, name.encode(), letters.encode(), tensors, loose, len(given))
     kernel.order[: len(order)] = tuple(order)
     kernel.wait = _waiting(kernel, pending)
-    found.kept.append((kernel, tensors, loose))
-    function = ctypes.c_void_p(found.library.place_strided(ctypes.c_int32(index), ctypes.byref(kernel)))
-    return not found.torch.aoti_torch_library_impl(found.handle, name.encode(), function)
+    return found.add(name, "place_strided", kernel, tensors, loose)

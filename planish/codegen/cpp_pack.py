@@ -120,9 +120,10 @@ def numbers(held: torch.Tensor) -> torch.Tensor:
 
 
 def wide(held: torch.Tensor) -> torch.Tensor:
-    """[.., N] with N rounded up to a block by zeros."""
+    """[.., N] with N rounded up to a block by zeros; of one output it may be one number, []."""
     import torch
 
+    held = held if held.dim() else held[None]
     return torch.nn.functional.pad(held, (0, -held.shape[-1] % BLOCK)).contiguous()
 
 

@@ -23,7 +23,11 @@ from planish.ir.errors import PlanishError
 from planish.kernels.table import ROWS
 
 ALONE = 16384  # numbers that one thread takes by itself: to start others costs as much
-EXTREMES = {"max": "row::maximum({0}, {1})", "min": "row::minimum({0}, {1})"}
+EXTREMES = {  # of a row and 0: how a number counts in the order of sizes, and the extreme of the largest size
+    "both": ("row::order({0})", "row::size_of({0})"),
+    "above": ("row::order(row::above({0}))", "row::size_of({0})"),
+    "below": ("row::order(row::below({0}))", "-row::size_of({0})"),
+}
 ON_COLUMNS = ("quantize_static", "quantize_group")  # programs that need no whole rows
 
 
@@ -65,7 +69,7 @@ class TilePlan:
     Attributes:
         near: how many of the kernel's steps run on a tile: elementwise ones, and codes under scales that are known.
         kept: values that the rest reads of each row, as float32.
-        extremes: names of the largest or least numbers of a row that come with the tiles: (name, value, operator).
+        extremes: names of the largest or least numbers of a row that come with the tiles: (name, value, side).
         direct: there is nothing to be done on a tile: its results are what is kept.
     """
 
@@ -232,21 +236,23 @@ class Program(Writer):
         names = scale_extremes(step, source)
         if names[0][0] in self.carried:
             lines = []
-            for name, _, operator in names:
-                each = EXTREMES[operator].format(f"{name}_lanes[j]", name)
+            for name, _, side in names:
                 lines += [
-                    f"float {name} = 0.0f;",
-                    f"#pragma omp simd reduction({operator} : {name})",
-                    f"for (int64_t j = 0; j < lanes; ++j) {name} = {each};",
+                    f"int32_t {name}_size = 0;",
+                    f"#pragma omp simd reduction(max : {name}_size)",
+                    f"for (int64_t j = 0; j < lanes; ++j) {name}_size = row::larger({name}_lanes[j], {name}_size);",
+                    f"const float {name} = {EXTREMES[side][1].format(f'{name}_size')};",
                 ]
             self.items.insert(0, Block(lines))
             self._shift()
             return 1, lines
         at, loop = self.place(self.size(source), self.ready(source))
         x = self.value(source, at)
-        x = f"row::absolute({x})" if step.option("mode") == "symmetric" else x
-        for name, _, operator in names:
-            loop.reduce(operator, name, f"{name} = {EXTREMES[operator].format(x, name)};")
+        for name, _, side in names:
+            size, made = EXTREMES[side]
+            grown = f"row::larger({size.format(x)}, {name}_size)"
+            loop.reduce("max", f"{name}_size", f"{name}_size = {grown};", "0", "int32_t")
+            loop.after.append(f"const float {name} = {made.format(f'{name}_size')};")
         return at + 1, loop.after
 
     def _token(self, step: Step, source: str) -> None:
@@ -329,7 +335,7 @@ def _function(program: Program, name: str) -> Text:
     if not program.whole:
         places, ending = ["int64_t row", "int64_t first", "int64_t last"], "row"
     given = [f"const float *{result}_{ending}" for result in program.accumulators]
-    given += ["int64_t lanes"] * bool(program.carried) + [f"const float *{name}_all" for name in program.carried]
+    given += ["int64_t lanes"] * bool(program.carried) + [f"const int32_t *{name}_all" for name in program.carried]
     arguments = ", ".join(["const Border &b", *places, *given, "float *scratch"])
     lines = program.lines_together() if program.whole else program.lines()
     body = [line if line.startswith("#") else f"    {line}" for line in lines]
@@ -391,10 +397,10 @@ def with_constants(kernel: Kernel) -> tuple[Kernel, tuple[float, ...]]:
 
 
 def scale_extremes(step: Step, source: str) -> list[tuple[str, str, str]]:
-    """What the scale of a row follows from: (name, value, operator) of each extreme."""
-    scale = step.writes[1]
-    top = (f"{scale}_top", source, "max")
-    return [top, (f"{scale}_bottom", source, "min")] if step.option("mode") == "range" else [top]
+    """What the scale of a row follows from: (name, value, side) of each extreme."""
+    scale, mode = step.writes[1], step.option("mode")
+    top = (f"{scale}_top", source, "both" if mode == "symmetric" else "above")
+    return [top, (f"{scale}_bottom", source, "below")] if mode == "range" else [top]
 
 
 def tile_plan(kernel: Kernel, dtype: str) -> TilePlan:
@@ -431,7 +437,7 @@ def tile_function(kernel: Kernel, plan: TilePlan, dtype: str) -> Text:
 
         template <int COLUMNS>
         static void near_row(const Border &b, int64_t row, int64_t first, int64_t columns, const float *acc_row..,
-                             float *whole_kept.., float *scale_top_lanes..)
+                             float *whole_kept.., int32_t *scale_top_lanes..)
 
     COLUMNS of them, or `columns` where that is 0. All arrays are given from the column `first` on.
 
@@ -450,14 +456,14 @@ def tile_function(kernel: Kernel, plan: TilePlan, dtype: str) -> Text:
     at, loop = program.place(kernel.outputs, program.ready(*plan.kept))
     for name in plan.kept:
         loop.body.append(f"{name}_kept[j] = {program.value(name, at)};")
-    for name, source, operator in plan.extremes:
+    for name, source, side in plan.extremes:
         held = program.value(source, at)
         held = program.rounding(held) if source in rounded and dtype != "f32" else held
-        held = f"row::absolute({held})" if _is_symmetric(kernel, name) else held
-        loop.body.append(f"{name}_lanes[j] = {EXTREMES[operator].format(held, f'{name}_lanes[j]')};")
+        grown = f"row::larger({EXTREMES[side][0].format(held)}, {name}_lanes[j])"
+        loop.body.append(f"{name}_lanes[j] = {grown};")
     arguments = [f"const float *{name}_row" for name in results]
     arguments += [f"float *{name}_kept" for name in plan.kept]
-    arguments += [f"float *{name}_lanes" for name, _, _ in plan.extremes]
+    arguments += [f"int32_t *{name}_lanes" for name, _, _ in plan.extremes]
     body = [line if line.startswith("#") else f"    {line}" for line in program.lines()]
     head = [
         "template <int COLUMNS>",
@@ -466,12 +472,6 @@ def tile_function(kernel: Kernel, plan: TilePlan, dtype: str) -> Text:
         "    const int count = COLUMNS ? COLUMNS : (int)columns;",
     ]
     return Text("\n".join([*head, *body, "}"]), tuple(program.headers), program.scratch)
-
-
-def _is_symmetric(kernel: Kernel, extreme: str) -> bool:
-    """True if an extreme is one of sizes without sign."""
-    steps = [s for s in kernel.closing if s.row == "quantize_token" and extreme == f"{s.writes[1]}_top"]
-    return any(s.option("mode") == "symmetric" for s in steps)
 
 
 def _rounded(kernel: Kernel) -> set[str]:
@@ -485,7 +485,7 @@ def rest_function(kernel: Kernel, plan: TilePlan, dtype: str, name: str = "finis
     """A function that runs the other part of a gemm's row program, on rows of what is kept.
 
         static void name(const Border &b, int64_t start, int64_t rows, const float *whole_rows..,
-                         [int64_t lanes, const float *scale_top_all..,] float *scratch)
+                         [int64_t lanes, const int32_t *scale_top_all..,] float *scratch)
 
     On whole rows where there are closing steps, else as `row_function` on some columns of one. What these read of the
     border is rounded to the kernel's float dtype first, as it would be in memory.

@@ -57,10 +57,10 @@ class Loop:
     known: set[str] = field(default_factory=set)
     kept: list[str] = field(default_factory=list)
 
-    def reduce(self, operator: str, name: str, statement: str, empty: str = "0.0f") -> None:
+    def reduce(self, operator: str, name: str, statement: str, empty: str = "0.0f", kind: str = "float") -> None:
         """A number that is reduced over the row."""
         self.reductions.append((operator, name))
-        self.before.append(f"float {name} = {empty};")
+        self.before.append(f"{kind} {name} = {empty};")
         self.body.append(statement)
 
 
@@ -316,7 +316,7 @@ class Writer:
         own |= self._pointers
         for name, line in self._arrays.items():
             own[name] = line.replace("scratch + ", f"scratch + r * {self.scratch} + ")
-        own |= {f"{name}_lanes": f"const float *{name}_lanes = {name}_all + r * lanes;" for name in self.carried}
+        own |= {f"{name}_lanes": f"const int32_t *{name}_lanes = {name}_all + r * lanes;" for name in self.carried}
         lines, later = [*self._scalars.values()], list[str]()
         for i, text in enumerate(texts):
             words = set(re.findall(r"\w+", " ".join(text)))

@@ -86,8 +86,8 @@ ROWS: dict[str, Row] = {
         _binary("sub", "-"),
         _binary("mul", "*", keeps_zero=True),
         _binary("div", "/"),
-        Row("max", text="tl.maximum({0}, {1})", eager="torch.maximum({0}, {1})", cpp="row::maximum({0}, {1})"),
-        Row("min", text="tl.minimum({0}, {1})", eager="torch.minimum({0}, {1})", cpp="row::minimum({0}, {1})"),
+        Row("max", text="tl.maximum({0}, {1})", eager="torch.maximum({0}, {1})", cpp="row::largest({0}, {1})"),
+        Row("min", text="tl.minimum({0}, {1})", eager="torch.minimum({0}, {1})", cpp="row::least({0}, {1})"),
         # elementwise, one operand
         # between floats: rows are float32 inside of a kernel and take the kernel's dtype where they are stored
         Row("cast", text="{0}", eager="{0}", flops=0, keeps_zero=True, cpp="{0}"),
@@ -98,7 +98,7 @@ ROWS: dict[str, Row] = {
             text="tl.maximum({0}, 0.0)",
             eager="{0}.clamp(min=0.0)",
             keeps_zero=True,
-            cpp="row::maximum({0}, 0.0f)",
+            cpp="row::above({0})",
         ),
         Row("exp", text="tl.exp({0})", eager="torch.exp({0})", flops=4, cpp="row::exp({0})"),
         Row("log", text="tl.log({0})", eager="torch.log({0})", flops=4, cpp="row::log({0})"),

@@ -33,7 +33,7 @@ static inline typename F::T *result(const Sizes &s, typename F::T *out, int64_t 
     return out + batch * s.out[0] + own.head * s.out[1] + own.place * s.out[2];
 }
 
-// A row of a query, scaled, as tiles read it.
+// A row of a query times a factor, as tiles read it.
 template <typename F>
 static inline void pack_query(const typename F::T *line, float factor, float *to) {
 #pragma GCC unroll 4
@@ -98,7 +98,8 @@ struct Batch {
     Growth growth;
 };
 
-// The rows from `batch.start` on: where they are and how far they look, and themselves scaled.
+// The rows from `batch.start` on: where they are and how far they look, and themselves as tiles read them. In bf16 they
+// are not scaled: they would be rounded once more.
 template <typename F>
 static inline __attribute__((always_inline)) void take_rows(const Head<F> &h, Batch<F> &batch, float *left) {
     const Sizes &s = h.s;
@@ -111,7 +112,7 @@ static inline __attribute__((always_inline)) void take_rows(const Head<F> &h, Ba
         if (!together && batch.start + r + 1 < h.last) at = after(s, at);
         far = own.place + 1 > far ? own.place + 1 : far;
         batch.own[r] = own, batch.to[r] = result<F>(s, h.out, h.batch, own);
-        pack_query<F>(query<F>(s, h.q, h.batch, own), h.factor, left + r * F::APART);
+        pack_query<F>(query<F>(s, h.q, h.batch, own), F::SCALED ? h.factor : 1.0f, left + r * F::APART);
     }
     batch.end = F::CAUSAL && far < h.keys ? far : h.keys;
     if constexpr (sizeof(typename F::M) == 1) {
@@ -132,6 +133,10 @@ static inline __attribute__((always_inline)) void score(const Head<F> &h, Batch<
         int64_t at = batch.from + b * BLOCK, rest = batch.count - b * BLOCK, count = rest < BLOCK ? rest : BLOCK;
         Floats made[ROWS][2] = {};
         tile<F::HALF, ROWS, 2>(left, F::APART, h.turned + at * DEPTH, BLOCK, DEPTH, made);
+        if constexpr (!F::SCALED && !F::CAPPED) {
+#pragma GCC unroll UNROLL
+            for (int r = 0; r < ROWS; ++r) made[r][0] *= h.factor, made[r][1] *= h.factor;
+        }
         weigh<F, ROWS>(h.s, h.mask, h.open, h.alike, h.batch, batch.own, at, count, made,
                        batch.scores + b * ROWS * BLOCK, most);
     }

@@ -243,12 +243,13 @@ static inline void half_exponentials(float *scores, int64_t blocks, const float 
 #pragma GCC unroll UNROLL
         for (int r = 0; r < COUNT; ++r) {
             float *at = scores + r * BLOCK;
-            __m512 least = _mm512_set1_ps(base[r] - 400.0f), from = _mm512_set1_ps(base[r] + WHOLE), p[2];
+            __m512 least = _mm512_set1_ps(-400.0f), from = _mm512_set1_ps(WHOLE), p[2];
             __m512i less[2];
 #pragma GCC unroll 2
             for (int i = 0; i < 2; ++i) {
-                __m512 score = _mm512_max_ps(least, _mm512_loadu_ps(at + 16 * i)), n = _mm512_sub_ps(from, score);
-                __m512 rest = _mm512_sub_ps(score, _mm512_sub_ps(from, n));
+                __m512 score = _mm512_sub_ps(_mm512_loadu_ps(at + 16 * i), _mm512_set1_ps(base[r]));
+                score = _mm512_max_ps(least, score);  // a base may be as large as a mask's least number
+                __m512 n = _mm512_sub_ps(from, score), rest = _mm512_sub_ps(score, _mm512_sub_ps(from, n));
                 less[i] = _mm512_castps_si512(n);
                 p[i] = _mm512_fmadd_ps(_mm512_set1_ps(5.517033860087395e-2f), rest, _mm512_set1_ps(2.42620587348938e-1f));
                 p[i] = _mm512_fmadd_ps(p[i], rest, _mm512_set1_ps(6.932619214057922e-1f));

@@ -2,6 +2,8 @@
 #include "base.h"
 #include "vectors.h"
 
+#include <type_traits>
+
 namespace attention {
 
 using gemm::Floats;
@@ -49,6 +51,7 @@ struct Form {
 #else
     static constexpr bool HALF = false;
 #endif
+    static constexpr bool SCALED = !HALF || !std::is_same<T, bf16_t>::value;  // queries; else their scores, later
     static constexpr int APART = HALF ? DEPTH / 2 : DEPTH;  // floats of a packed query
     static constexpr bool PACKS_VALUES = HALF || sizeof(T) != 4 || E % 16 != 0;
 };

@@ -44,6 +44,24 @@ static inline __attribute__((always_inline)) float maximum(float a, float b) { r
 // The smaller one; b where either is no number.
 static inline __attribute__((always_inline)) float minimum(float a, float b) { return a < b ? a : b; }
 
+// The larger and the smaller one; no number where either is none.
+static inline __attribute__((always_inline)) float largest(float a, float b) { return a != a ? a : maximum(a, b); }
+
+static inline __attribute__((always_inline)) float least(float a, float b) { return a != a ? a : minimum(a, b); }
+
+// Sizes of numbers as integers, which grow with them; what is no number is larger than all. Extremes of a row that a
+// scale follows from are taken in this form: of floats an instruction forgets what is no number.
+static inline __attribute__((always_inline)) int32_t order(float x) { return (int32_t)(bits_of(x) & 0x7fffffff); }
+
+static inline __attribute__((always_inline)) int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+// The part of a number above and below 0; what is no number stays none.
+static inline __attribute__((always_inline)) float above(float x) { return x < 0.0f ? 0.0f : x; }
+
+static inline __attribute__((always_inline)) float below(float x) { return x > 0.0f ? 0.0f : x; }
+
+static inline __attribute__((always_inline)) float size_of(int32_t order) { return float_of((uint32_t)order); }
+
 static inline __attribute__((always_inline)) float wide(float x) { return x; }
 
 static inline __attribute__((always_inline)) float wide(int8_t x) { return (float)x; }

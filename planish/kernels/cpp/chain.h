@@ -28,7 +28,7 @@ struct Piece {
 // `checked`: arguments that are not weights, as `tensors` says; `pieces_of`: where the values within lie.
 // `wait` sets the entries of all steps, then `ready`; or `problem`.
 struct Chain {
-    void (*wait)(int64_t);
+    void (*wait)();
     const char *problem;
     Step *steps;
     const int32_t *checked;
@@ -38,9 +38,6 @@ struct Chain {
     const int32_t *piece_of;
     int32_t ready, step_count, check_count, given, made, piece_count, within, rows, axis, byte;
 };
-
-constexpr int PLACES = 256;
-static Chain *table[PLACES];
 
 // Tensors that a call owns, let go when it ends, however it does.
 struct Owned {
@@ -79,11 +76,11 @@ static void *new_tensor(const Tensor &tensor, int64_t rows, Owned &owner) {
     return pointer;
 }
 
-static void call(int32_t index, uint64_t *stack) {
-    Chain &chain = *table[index];
+static void call(void *place, uint64_t *stack) {
+    Chain &chain = *(Chain *)place;
     Owned owned(chain.given + 1), results(chain.made);
     for (int i = 0; i < chain.given; ++i) owned.held.push_back((Handle)stack[i]);
-    if (!chain.ready) chain.wait(index);
+    if (!chain.ready) chain.wait();
     if (!chain.ready) throw std::runtime_error(chain.problem ? chain.problem : "a kernel has no library");
     int64_t dim, *sizes;
     Handle first = owned.held[chain.rows];
@@ -115,22 +112,6 @@ static void call(int32_t index, uint64_t *stack) {
     results.held.clear();
 }
 
-template <int I>
-static void boxed(uint64_t *stack, uint64_t, uint64_t) {
-    call(I, stack);
-}
-
-template <int... I>
-static void *boxed_at(int index, std::integer_sequence<int, I...>) {
-    static void (*const functions[])(uint64_t *, uint64_t, uint64_t) = {boxed<I>...};
-    return (void *)functions[index];
-}
-
 }  // namespace chain
 
-extern "C" int32_t chain_places() { return chain::PLACES; }
-
-extern "C" void *chain_place(int32_t index, chain::Chain *made) {
-    chain::table[index] = made;
-    return chain::boxed_at(index, std::make_integer_sequence<int, chain::PLACES>());
-}
+extern "C" void *place_chain(int32_t index, chain::Chain *made) { return dispatch::put(index, chain::call, made); }

@@ -1,9 +1,9 @@
 // From torch's dispatcher to kernels: boxed functions of torch's stable C interface, one for each op.
 //
 // A kernel is `entry(pointers to its tensors, M, threads)` of a library of its own, which knows nothing of torch (one that
-// reads tensors where they lie gets their strides: `Strided`). A boxed
-// function of the stable interface has no state, so that there is one for each place of a table, and a place holds what a
-// kernel's border looks like. torch's functions are given as pointers: nothing is linked with it.
+// reads tensors where they lie gets their strides: `Strided`). A boxed function of the stable interface has no state, so
+// that there is one for each place of a table, and a place holds what a kernel's border looks like and what calls it.
+// torch's functions are given as pointers: nothing is linked with it.
 #include <omp.h>
 
 #include <cstdint>
@@ -38,7 +38,7 @@ struct Tensor {
 // `rows`: the tensor that has the axis `axis` of M, -1 if none. `wait` sets `entry`, or `problem` if there is no library.
 struct Kernel {
     void (*entry)(void *const *, int64_t, int);
-    void (*wait)(int64_t);
+    void (*wait)();
     const char *problem;
     const Tensor *tensors;
     const int32_t *place;
@@ -49,17 +49,21 @@ struct Kernel {
 // number for each of 8 letters, then 4 strides of each tensor. One tensor is made, its axes in memory in an `order`.
 struct Strided {
     const char *(*entry)(const int64_t *, void *const *, int);
-    void (*wait)(int64_t);
+    void (*wait)();
     const char *problem, *name, *letters;
     const Tensor *tensors;     // given ones, then the result
     const int32_t *broadcast;  // of the given ones: axes may be missing or 1, their strides are 0
     int32_t given, order[4];
 };
 
-constexpr int PLACES = 1024, MOST = 64, LETTERS = 8;
+struct Place {
+    void (*call)(void *kernel, uint64_t *stack);
+    void *kernel;
+};
+
+constexpr int PLACES = 256, MOST = 64, LETTERS = 8;  // who needs more places loads a copy of the library
 static Torch torch;
-static Kernel *table[PLACES];
-static Strided *strided[PLACES];
+static Place table[PLACES];
 
 // Tensors that a call owns, let go when it ends, however it does.
 struct Owned {
@@ -93,12 +97,12 @@ static void check_input(const Tensor &tensor, Handle handle, int64_t rows) {
     throw std::runtime_error(text + (dtype == tensor.dtype ? "" : ", of another dtype"));
 }
 
-static void call(int index, uint64_t *stack) {
-    Kernel &kernel = *table[index];
+static void call(void *place, uint64_t *stack) {
+    Kernel &kernel = *(Kernel *)place;
     Owned owned;
     void *pointers[MOST];
     for (int i = 0; i < kernel.given; ++i) owned.keep((Handle)stack[i]);
-    if (!kernel.entry) kernel.wait(index);
+    if (!kernel.entry) kernel.wait();
     if (!kernel.entry) throw std::runtime_error(kernel.problem ? kernel.problem : "a kernel has no library");
     int64_t rows = 1, *sizes;
     if (kernel.rows >= 0) {
@@ -169,13 +173,13 @@ static void bind(const Strided &kernel, int i, Handle handle, int64_t *numbers, 
     throw std::runtime_error(text + "], got " + got + "]" + (dtype == tensor.dtype ? "" : ", of another dtype"));
 }
 
-static void call_strided(int index, uint64_t *stack) {
-    Strided &kernel = *strided[index];
+static void call_strided(void *place, uint64_t *stack) {
+    Strided &kernel = *(Strided *)place;
     Owned owned;
     void *pointers[MOST];
     int64_t n[LETTERS + 4 * MOST];
     for (int i = 0; i < kernel.given; ++i) owned.keep((Handle)stack[i]);
-    if (!kernel.entry) kernel.wait(index);
+    if (!kernel.entry) kernel.wait();
     if (!kernel.entry) throw std::runtime_error(kernel.problem ? kernel.problem : "a kernel has no library");
     for (int i = 0; i < LETTERS; ++i) n[i] = -1;
     for (int i = 0; i < kernel.given; ++i) {
@@ -210,7 +214,7 @@ static void call_strided(int index, uint64_t *stack) {
 
 template <int I>
 static void boxed(uint64_t *stack, uint64_t, uint64_t) {
-    strided[I] ? call_strided(I, stack) : call(I, stack);
+    table[I].call(table[I].kernel, stack);
 }
 
 template <int... I>
@@ -219,18 +223,20 @@ static void *boxed_at(int index, std::integer_sequence<int, I...>) {
     return (void *)functions[index];
 }
 
+// The boxed function of a place, which calls `kernel` by `call` from now on.
+static void *put(int32_t index, void (*call)(void *, uint64_t *), void *kernel) {
+    table[index] = Place{call, kernel};
+    return boxed_at(index, std::make_integer_sequence<int, PLACES>());
+}
+
 }  // namespace dispatch
 
 extern "C" int32_t places() { return dispatch::PLACES; }
 
 extern "C" void attach(void *const *functions) { __builtin_memcpy(&dispatch::torch, functions, sizeof dispatch::torch); }
 
-extern "C" void *place(int32_t index, dispatch::Kernel *kernel) {
-    dispatch::table[index] = kernel;
-    return dispatch::boxed_at(index, std::make_integer_sequence<int, dispatch::PLACES>());
-}
+extern "C" void *place(int32_t index, dispatch::Kernel *kernel) { return dispatch::put(index, dispatch::call, kernel); }
 
 extern "C" void *place_strided(int32_t index, dispatch::Strided *kernel) {
-    dispatch::strided[index] = kernel;
-    return dispatch::boxed_at(index, std::make_integer_sequence<int, dispatch::PLACES>());
+    return dispatch::put(index, dispatch::call_strided, kernel);
 }

@@ -131,7 +131,7 @@ static inline __attribute__((always_inline)) float softplus(float x) {
 }
 
 static inline __attribute__((always_inline)) float hard_sigmoid(float x, float alpha, float beta) {
-    return minimum(maximum(alpha * x + beta, 0.0f), 1.0f);
+    return minimum(1.0f, maximum(0.0f, alpha * x + beta));
 }
 
 static inline __attribute__((always_inline)) float hard_swish(float x) {

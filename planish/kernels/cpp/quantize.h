@@ -2,7 +2,7 @@
 // quantize_static.py and pack_int4.py of planish/kernels.
 //
 // x is multiplied by 1 / scale; the ratio is rounded to the nearest integer, ties to even. A scale is 1 where the range
-// is nothing, and at least the least normal float32.
+// is nothing, at least the least normal float32, and no number where one of the row is none.
 #include "base.h"
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -11,7 +11,7 @@
 namespace row {
 
 static inline __attribute__((always_inline)) float scale_of(float extreme, float levels) {
-    return extreme == 0.0f ? 1.0f : maximum(extreme / levels, 1.1754943508222875e-38f);
+    return extreme == 0.0f ? 1.0f : maximum(1.1754943508222875e-38f, extreme / levels);
 }
 
 static inline __attribute__((always_inline)) float clamp(float x, float low, float high) {
@@ -58,9 +58,9 @@ static inline float token_zero(float bottom, float scale, float levels, float lo
     return clamp(__builtin_rintf(-bottom / scale), 0.0f, levels) + low;
 }
 
-// The zero point of a row from -floor to `top`, from `low` on; `product` = levels floor. As torch divides by a tensor.
+// The zero point of a row from -floor to `top` >= 0, from `low` on; `product` = levels floor. As torch divides by a tensor.
 static inline float floor_zero(float top, float floor, float product, float low) {
-    return maximum(__builtin_floorf(1.0f / (maximum(top, 0.0f) + floor) * product), 1.0f) + low;
+    return maximum(1.0f, __builtin_floorf(1.0f / (top + floor) * product)) + low;
 }
 
 // Codes of x[first .. last), `group` columns with a scale each; `first` is a multiple of the group.
@@ -70,14 +70,14 @@ static inline void group_codes(const float *__restrict x, int64_t first, int64_t
                                int32_t high, int8_t *__restrict codes, float *__restrict scales) {
     for (int64_t start = first; start < last; start += group) {
         int64_t end = start + group < last ? start + group : last;
-        float extreme = 0.0f;
+        int32_t extreme = 0;
         if (end - start == group) {
 #pragma omp simd reduction(max : extreme)
-            for (int j = 0; j < group; ++j) extreme = maximum(absolute(x[start + j]), extreme);
+            for (int j = 0; j < group; ++j) extreme = larger(order(x[start + j]), extreme);
         } else {
-            for (int64_t j = start; j < end; ++j) extreme = maximum(absolute(x[j]), extreme);
+            for (int64_t j = start; j < end; ++j) extreme = larger(order(x[j]), extreme);
         }
-        float scale = scale_of(extreme, levels), inverse = 1.0f / scale;
+        float scale = scale_of(size_of(extreme), levels), inverse = 1.0f / scale;
         scales[start / group] = scale;
         if (end - start == group) {
 #pragma omp simd
