@@ -147,6 +147,31 @@ def test_a_graph_of_which_nothing_is_quantised() -> None:
     assert cases.live() == [] or all(len(r.folds) == 0 for r in cases.live())
 
 
+def given_weight(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return nn.functional.linear(x, w)
+
+
+def test_weights_that_are_not_the_models_are_a_reason_to_warn() -> None:
+    x, w = numbers(4, 32), numbers(16, 32)
+    with pytest.warns(UserWarning, match="the weight of linear is no parameter or buffer of the model"):
+        close(compiled(given_weight, strict=False)(x, w), given_weight(x, w), 0.0)
+    with pytest.raises(Exception, match="the weight of linear is no parameter or buffer of the model"):
+        compiled(given_weight)(x, w)
+
+
+def test_an_op_that_hides_a_layer_is_a_reason_to_warn() -> None:
+    """torch's own fast path of an encoder layer: one op with all its weights."""
+    layer, x = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval().requires_grad_(False), numbers(2, 5, 32)
+    with pytest.warns(UserWarning, match="planish does not know what .*_transformer_encoder_layer_fwd.* makes of"):
+        close(compiled(layer, strict=False)(x), layer(x), 1e-6)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        torch._dynamo.reset()
+        assert float((compiled(layer)(x) - layer(x)).norm() / layer(x).norm()) < 0.05
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
 def test_a_gradient_keeps_a_graph_in_float() -> None:
     model, x = filled(Block(), 1), numbers(4, 32)
     run = compiled(model, strict=False)

@@ -16,9 +16,12 @@ from planish.integrate.convert import Rest
 from planish.ir.errors import PlanishError
 from planish.ir.graph import Graph
 from planish.ir.stats import Stats
+from planish.ir.types import is_float
 from planish.passes.base import Pass
 from planish.passes.manager import Pipeline, Report
 from planish.passes.quantize import Quantize
+
+WEIGHTED = ("linear", "gemm", "conv")
 
 
 class Float(Exception):
@@ -115,4 +118,16 @@ def _checked(graph: Graph, report: Report) -> Graph:
     if last is not None and last.declined:
         reasons = [f"{reason} ({places[0]})" for reason, places in last.declined.items()]
         raise Float(f"nothing can be quantised: {'; '.join(reasons[:3])}")
-    raise Float("")
+    raise Float(_unread(graph))
+
+
+def _unread(graph: Graph) -> str:
+    """Why nothing of a graph can be quantised that has what one would expect to be; else ""."""
+    for node in graph.nodes:
+        given = [v for v in node.operands if v is not None]
+        held = [v for v in given if v.is_constant and v.rank is not None and v.rank >= 2 and is_float(v.dtype)]
+        if node.op.opaque and held:
+            return f"nothing can be quantised: planish does not know what {node.op.name} makes of {held[0].name}"
+        if node.op.name in WEIGHTED and not given[1].is_constant:
+            return f"nothing can be quantised: the weight of {node.result.name} is no parameter or buffer of the model"
+    return ""
