@@ -42,6 +42,8 @@ from common import Outcome, Target, arguments, environment, note, table
 PEERS = ("torchao==0.18.0", "llama-cpp-python==0.3.36", "gguf==0.19.0", "diskcache==5.6.3")
 LLAMA = "-DGGML_NATIVE=ON -DMTMD_BUILD=OFF -DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_COMMON=OFF"
 ROUNDS, RUNS, QUICK_ROUNDS, QUICK_RUNS = 30, 3, 5, 2
+BASE = "Inductor bf16"  # what ratios are to
+COPIES, MEMORY = 2, 0.7  # of its float32 weights that an engine holds, about; of the machine's memory that all may take
 SENTENCES, QUICK_SENTENCES = 496, 96  # whole batches of 8
 PROFILED = ("Inductor bf16", "planish W8A8 fp32", "planish W8A8 bf16", "planish W4A16 fp32", "planish W4A16 bf16")
 GEMM_WORDS = ("gemm", "chain_of", "linear", "addmm", "_mm", "matmul", "packed")
@@ -81,10 +83,45 @@ def wanted_engines(case: models.Case, options: Any) -> list[engines.Engine]:
 def measure(case: models.Case, threads: int, options: Any, folder: Path, python: Path | None) -> Figures:
     """Times of all engines, what their outputs are worth, and profiles."""
     layers = models.QUICK_LAYERS if options.quick else models.LAYERS
-    rounds, runs = (QUICK_ROUNDS, QUICK_RUNS) if options.quick else (ROUNDS, RUNS)
     figures: Figures = {}
+    reference: np.ndarray | None = None
+    for group in groups(wanted_engines(case, options), case, layers):
+        reference = measure_group(group, figures, reference, case, threads, options, folder, python)
+    return figures
+
+
+def groups(wanted: Sequence[engines.Engine], case: models.Case, layers: int) -> list[list[engines.Engine]]:
+    """Engines that are up at once: all, or, where memory does not hold them, floats and then low bits beside BASE."""
+    each = 4 * models.operations(case, layers)[2] * COPIES
+    if each * len(wanted) < MEMORY * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        return [list(wanted)]
+    base = [e for e in wanted if e.name == BASE]
+    floats = [e for e in wanted if e.bits == "float" and e.name != BASE]
+    return [group for group in (floats, base + [e for e in wanted if e.bits != "float"]) if group]
+
+
+def measure_group(
+    group: Sequence[engines.Engine],
+    figures: Figures,
+    reference: np.ndarray | None,
+    case: models.Case,
+    threads: int,
+    options: Any,
+    folder: Path,
+    python: Path | None,
+) -> np.ndarray | None:
+    """Times of engines that are up at once, what their outputs are worth, and profiles, into the figures.
+
+    Args:
+        reference: the float outputs, if they are known.
+
+    Returns:
+        The float outputs, if they are known now.
+    """
+    layers = models.QUICK_LAYERS if options.quick else models.LAYERS
+    rounds, runs = (QUICK_ROUNDS, QUICK_RUNS) if options.quick else (ROUNDS, RUNS)
     with Field() as field:
-        for engine in wanted_engines(case, options):
+        for engine in group:
             job = {
                 "engine": engine.name, "case": case.name, "threads": threads, "layers": layers, "folder": str(folder),
                 "recipe": options.recipe if case.model == "minilm" else "",
@@ -96,7 +133,7 @@ def measure(case: models.Case, threads: int, options: Any, folder: Path, python:
         for name, times in field.times(rounds, runs, "processor" if options.processor else "times").items():
             figures[name] = {"ms": median(times) * 1e3, "best_ms": min(times) * 1e3, "ready": field.ready[name]}
         vectors = outputs(field, case, folder, QUICK_SENTENCES if options.quick else SENTENCES)
-        reference = vectors.get("eager fp32", vectors.get("onnxruntime fp32"))
+        reference = vectors.get("eager fp32", vectors.get("onnxruntime fp32", reference))
         for name, rows in vectors.items():
             if reference is not None:
                 cosine = (rows * reference).sum(-1) / np.linalg.norm(rows, axis=-1) / np.linalg.norm(reference, axis=-1)
@@ -107,7 +144,7 @@ def measure(case: models.Case, threads: int, options: Any, folder: Path, python:
                 figures[name]["profile"] = answer["rows"]
         for name, why in field.failed.items():
             figures[name] = {"failed": why}
-    return figures
+    return reference
 
 
 def outputs(field: Field, case: models.Case, folder: Path, count: int) -> dict[str, np.ndarray]:
@@ -162,7 +199,7 @@ def is_gemm(name: str) -> bool:
 
 def show(case: models.Case, threads: int, figures: Figures) -> None:
     """The table of a case, and where the time of planish goes."""
-    base = figures.get("Inductor bf16", {}).get("ms")
+    base = figures.get(BASE, {}).get("ms")
     rows = []
     for name, row in figures.items():
         if "failed" in row:
@@ -215,7 +252,7 @@ def speed_targets(case: models.Case, threads: int, figures: Figures) -> list[Tar
             value = 0.0 if ours is None else theirs / ours
             found.append(Target(f"{case.name} {threads}t {label}", value, bound, at_most=False))
 
-    bf16 = fastest(figures, ["Inductor bf16"])
+    bf16 = fastest(figures, [BASE])
     w8a8 = fastest(figures, ["planish W8A8"])
     if case.model == "minilm":
         faster("W8A8 / OpenVINO int8", w8a8, fastest(figures, ["OpenVINO int8"]), 1.1)
