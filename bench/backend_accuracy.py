@@ -11,7 +11,9 @@ evaluated by planish in float32 with its explicit quantise and dequantise nodes.
 - The whole: without quantised activations the outputs are equal (`WEIGHT_ONLY`). With them two right programs drift
   apart, as roundings near a tie go either way, but their distance from float is the same (`DISTANCE`).
 - MiniLM, W8A8: cosine of embeddings to float's, equal to 3 digits.
-- Gemma 3 270M, 4-bit weights and W8A8: perplexity on windows of Brown, equal to 3 digits, and the tokens.
+- Gemma 3 270M on windows of Brown. 4-bit weights: perplexity equal to 3 digits, and the same tokens. W8A8: equal within
+  what chance makes of it, `DRIFT`: noise of 1e-6 of attention's results moves two windows by up to 1.5 % (standard
+  deviation .7 %) and twelve by .1 % (all kinds of noise, and other roundings: .2 %).
 - Ten models of the zoo, 4-bit weights and W8A8.
 """
 
@@ -41,6 +43,7 @@ DISTANCE = 1.25  # of the evaluator's distance from float
 FLOATS = 1e-4  # of the largest of a row: float32 sums of up to 2048 products in another order
 CODES = 0.02  # of all codes: those that lie next to a tie
 PERPLEXITY = 5e-4  # equal to 3 digits
+DRIFT = 0.03  # of a perplexity on one window where activations are quantised: three standard deviations
 TOKENS = 1e-3  # of the likeliest next tokens: those that are another, where no activation is quantised
 ZOO = ("llama", "gemma3", "qwen3", "gpt2", "bert", "modernbert", "vit", "opt", "phi3", "t5")
 SENTENCES, QUICK_SENTENCES, WINDOWS, QUICK_WINDOWS = 96, 16, 8, 2
@@ -143,7 +146,7 @@ def gemma3(quick: bool, recipe: str) -> dict[str, float]:
         tokens[name] = torch.cat(likeliest)
         note(f"gemma, {recipe}: {name} {found[name]:.4f}")
     other = float((tokens["backend"] != tokens["evaluator"]).double().mean())
-    return {**found, "other tokens": other, **of_ops(evaluated)}
+    return {**found, "windows": len(windows), "other tokens": other, **of_ops(evaluated)}
 
 
 def zoo_model(name: str, recipe: str) -> dict[str, float]:
@@ -216,7 +219,8 @@ def targets(found: dict[str, Any]) -> list[Target]:
         made.append(Target(f"{name} share of such codes", held["codes"], CODES))
         if name.startswith("gemma"):
             difference = abs(held["backend"] / held["evaluator"] - 1)
-            made.append(Target(f"{name} perplexity, relative", difference, PERPLEXITY))
+            bound = PERPLEXITY if weights_only else DRIFT / held["windows"] ** 0.5
+            made.append(Target(f"{name} perplexity, relative", difference, bound))
             if weights_only:
                 made.append(Target(f"{name} other tokens", held["other tokens"], TOKENS))
         elif name.startswith("minilm"):
