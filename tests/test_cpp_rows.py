@@ -230,12 +230,12 @@ def test_elementwise_steps_run_on_tiles() -> None:
     """With the extreme of the row that the scale of its codes follows from, of what closing steps read: rounded."""
     kernel = finish_kernel(200)
     near, rest = parts(kernel, "bf16")
-    assert "const float *acc_row, const float *acc1_row, float *whole_kept, float *scale_top_lanes" in near
-    assert "row::absolute(row::wide(row::narrow<bf16_t>(whole)))" in near
+    assert "const float *acc_row, const float *acc1_row, float *whole_kept, int32_t *scale_top_lanes" in near
+    assert "row::order(row::wide(row::narrow<bf16_t>(whole)))" in near
     assert "whole_held = row::wide(row::narrow<bf16_t>(whole))" in rest
-    assert "const float *whole_rows, int64_t lanes, const float *scale_top_all, float *scratch" in rest
+    assert "const float *whole_rows, int64_t lanes, const int32_t *scale_top_all, float *scratch" in rest
     near, rest = parts(kernel, "f32")
-    assert "row::absolute(whole), scale_top_lanes[j]" in near and "whole_held" not in rest
+    assert "row::larger(row::order(whole), scale_top_lanes[j])" in near and "whole_held" not in rest
     assert "row::codes_of<-128, 127>(whole_row, 200, scale_inverse, 0, codes_to)" in rest
 
 
@@ -248,7 +248,7 @@ def test_extremes_come_with_the_tiles_that_make_all_of_a_value() -> None:
         made = replace(kernel, steps=(*kernel.steps, *steps), closing=closing)
         plan = cpp_rows.tile_plan(made, "f32")
         assert (plan.near, plan.kept, plan.extremes) == (2, ("whole",), ())
-        assert "reduction(max : scale_top)" in cpp_rows.rest_function(made, plan, "f32").text
+        assert "reduction(max : scale_top_size)" in cpp_rows.rest_function(made, plan, "f32").text
     norm = step("rms_norm", "acc", "normed", {"eps": 1e-5})
     plain = cpp_rows.tile_plan(replace(kernel, steps=(), closing=(norm,)), "f32")
     assert not plain.direct and plain.kept == ("acc",)  # the other product is not kept
@@ -285,7 +285,7 @@ def test_unknown_steps_and_headers() -> None:
 WRONG = [
     ("token", "x * scale_inverse", "x"),
     ("token", "row::scale_of(scale_top, 127.0f)", "row::scale_of(scale_top, 128.0f)"),
-    ("token", "row::maximum(row::absolute(x), scale_top)", "row::maximum(x, scale_top)"),
+    ("token", "row::larger(row::order(x), scale_top_size)", "row::larger(row::order(row::above(x)), scale_top_size)"),
     ("token", "extreme == 0.0f ? 1.0f : ", ""),
     ("token", "for (int j = 200; j < 256; ++j) codes_to[j] = 0;", ""),
     ("token", "__builtin_irintf(minimum(", "(int32_t)(minimum("),
@@ -293,7 +293,7 @@ WRONG = [
      "codes[start + 32 + j] & 15) | (uint8_t)((uint8_t)codes[start + j] << 4)"),
     ("range", "clamp(__builtin_rintf(-bottom / scale), 0.0f, levels) + low",
      "clamp(__builtin_rintf(-bottom / scale), 0.0f, levels)"),
-    ("range", "row::minimum(x, scale_bottom)", "row::minimum(0.9f * x, scale_bottom)"),
+    ("range", "row::order(row::below(x))", "row::order(row::below(0.9f * x))"),
     ("floor", "__builtin_floorf(1.0f", "(1.0f"),
     ("group4", "scales[start / group] = scale", "scales[start / group] = inverse"),
     ("group8", "start + group < last ? start + group : last", "start + group"),
